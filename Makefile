@@ -1,0 +1,32 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: setup demo test check clean
+
+setup: .venv/.installed ## Create .venv and install the project with everything the tests need
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, {v} was found: make PYTHON=/path/to/python3.11 setup")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: setup ## Phantom images, classifier, explainer, comparison, runs/demo/report.html
+	$(BIN)/python train.py fit -c configs/demo/classifier.yaml
+	$(BIN)/python train.py fit -c configs/demo/single1.yaml
+	$(BIN)/python evaluate.py compare --config configs/demo/compare.yaml
+	@echo "The report is runs/demo/report.html, its table runs/demo/table.csv."
+
+test: setup ## Set up, then every check
+	$(MAKE) check
+
+check: ## Style, types and tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+clean: ## Remove what the commands above made, data aside
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
