@@ -1,0 +1,443 @@
+"""What every data module gives: typed batches of images, labels and masks, in seeded splits."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypedDict, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8, UInt16
+from kornia.augmentation import (
+    AugmentationSequential,
+    RandomAffine,
+    RandomHorizontalFlip,
+    RandomVerticalFlip,
+)
+from lightning.pytorch import LightningDataModule
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+def data_root() -> Path:
+    """Folder of all data sets: the environment variable SIMADV_DATA, "data" where it is unset."""
+    return Path(os.environ.get("SIMADV_DATA", "data"))
+
+
+class Batch(TypedDict):
+    """A batch of images with their annotation.
+
+    image: Float (b, c, h, w) in [0, 1], c is 1 or 3.
+    label: Int64 (b,), index into the data module's ``class_names``.
+    mask: Bool (b, h, w), True inside the evidence (union of all lesions); all False where unknown.
+    has_mask: Bool (b,), whether an annotation with at least one pixel exists.
+    id: The data set's own name of each image.
+    columns: Further columns of the table, as text; a column that a row lacks is "".
+    """
+
+    image: Tensor
+    label: Tensor
+    mask: Tensor
+    has_mask: Tensor
+    id: list[str]
+    columns: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a data set before it is read.
+
+    Attributes:
+        id: Unique in the data set.
+        label: Index into ``class_names``.
+        split: Where the table puts it, or "" to be drawn from the seed.
+        group: Images of one group (patient, board) never part; "" is a group of its own.
+        columns: Further columns of the table.
+    """
+
+    id: str
+    label: int
+    split: Literal["", "train", "val", "test"] = ""
+    group: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as read: values in [0, 1] (c, h, w), its evidence (h, w) or None if unannotated."""
+
+    image: Float[Tensor, "c h w"]
+    mask: Bool[Tensor, "h w"] | None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images are brought to the device.
+
+    Attributes:
+        size: Side of the square that every image is resized to, pixels.
+        channels: 1 reads grey, 3 reads RGB.
+        batch_size: Images per step and process.
+        workers: Worker processes of each loader.
+        in_memory: Keep every image in memory after its first reading, one byte a value where its
+            values are multiples of 1/255, else two, which rounds them to 1/65535. Every process
+            and every worker keeps what it has read itself.
+    """
+
+    size: int = 224
+    channels: Literal[1, 3] = 1
+    batch_size: int = 32
+    workers: int = 0
+    in_memory: bool = True
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random geometric changes of training images and masks, drawn per image on the device.
+
+    Attributes:
+        rotation: Largest angle, degrees.
+        translation: Largest shift, share of the image side.
+        zoom: Largest change of scale: 0.1 draws from [0.9, 1.1].
+        horizontal_flip: Probability.
+        vertical_flip: Probability.
+    """
+
+    rotation: float = 10.0
+    translation: float = 0.05
+    zoom: float = 0.1
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+
+    def build(self) -> AugmentationSequential:
+        """Kornia's augmentation, one draw for an image and its mask."""
+        return AugmentationSequential(
+            RandomAffine(
+                degrees=self.rotation,
+                translate=(self.translation, self.translation),
+                scale=(1 - self.zoom, 1 + self.zoom),
+                padding_mode="border",
+                p=1.0,
+            ),
+            RandomHorizontalFlip(p=self.horizontal_flip),
+            RandomVerticalFlip(p=self.vertical_flip),
+            data_keys=["input", "mask"],
+        )
+
+
+class EvenBatches(DistributedSampler[list[int]]):
+    """Batches of indices for evaluation: every image once, and as many batches on every process.
+
+    A padded sampler counts images twice; one of unequal length leaves processes waiting at a
+    collective call. Here the images are cut into ``rounds x processes`` nearly equal batches,
+    none of them empty. A batch holds ``batch_size`` images at most, except that one of 1 may
+    become 2 under several processes. Use it as ``sampler`` with ``batch_size=None``.
+
+    Raises:
+        ValueError: If there are fewer images than processes.
+    """
+
+    def __init__(self, images: int, batch_size: int, processes: int = 1, rank: int = 0) -> None:
+        if images < processes:
+            raise ValueError(
+                f"Every process needs an image, but {processes} processes share {images} image(s): "
+                "use fewer devices."
+            )
+        dataset = cast("Dataset[list[int]]", range(images))  # only its length is used
+        super().__init__(dataset, num_replicas=processes, rank=rank, shuffle=False)
+        self.images, self.processes = images, processes
+        self.rounds = min(-(-images // (batch_size * processes)), images // processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this process's batches."""
+        parts = np.array_split(np.arange(self.images), self.rounds * self.processes)
+        return iter([part.tolist() for part in parts[self.rank :: self.processes]])
+
+    def __len__(self) -> int:
+        """Batches of each process."""
+        return self.rounds
+
+
+Item = tuple[Record, Sample]
+
+
+class Images(Dataset[Item | list[Item]]):
+    """Reads records, one by index or several by a list of indices.
+
+    Args:
+        records: The images of one split.
+        read: Reads one of them.
+        kept: Packed images by id, filled as they are read; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        read: Callable[[Record], Sample],
+        kept: dict[str, Sample] | None = None,
+    ) -> None:
+        self.records, self.read, self.kept = records, read, kept
+
+    def __len__(self) -> int:
+        """Images of the split."""
+        return len(self.records)
+
+    def __getitem__(self, index: int | list[int]) -> Item | list[Item]:
+        """One image, or a list of them for a list of indices."""
+        return self.item(index) if isinstance(index, int) else [self.item(i) for i in index]
+
+    def item(self, index: int) -> Item:
+        """One image, from memory where it is kept; the first reading gives the same values."""
+        record = self.records[index]
+        if self.kept is None:
+            return record, self.read(record)
+        if record.id not in self.kept:
+            sample = self.read(record)
+            self.kept[record.id] = Sample(pack(sample.image), sample.mask)
+        sample = self.kept[record.id]
+        return record, Sample(unpack(sample.image), sample.mask)
+
+
+def pack(image: Float[Tensor, "c h w"]) -> UInt8[Tensor, "c h w"] | UInt16[Tensor, "c h w"]:
+    """Image in [0, 1] as bytes where no value moves by more than 1e-6, else as 16-bit integers."""
+    byte = (image * 255).round()
+    if bool(((byte / 255 - image).abs() <= 1e-6).all()):
+        return byte.to(torch.uint8)
+    return (image * 65535).round().to(torch.uint16)
+
+
+def unpack(packed: UInt8[Tensor, "c h w"] | UInt16[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+    """Undo ``pack``."""
+    return packed.float() / (255 if packed.dtype == torch.uint8 else 65535)
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Stack images read at one size into a batch; a missing mask is all False."""
+    records, samples = [item[0] for item in items], [item[1] for item in items]
+    blank = torch.zeros(samples[0].image.shape[-2:], dtype=torch.bool)
+    mask = torch.stack([blank if sample.mask is None else sample.mask for sample in samples])
+    names = dict.fromkeys(name for record in records for name in record.columns)
+    return Batch(
+        image=torch.stack([sample.image for sample in samples]),
+        label=torch.tensor([record.label for record in records]),
+        mask=mask,
+        has_mask=mask.flatten(1).any(1),
+        id=[record.id for record in records],
+        columns={name: [record.columns.get(name, "") for record in records] for name in names},
+    )
+
+
+def split_by_table(records: Sequence[Record]) -> dict[Split, list[Record]]:
+    """Records of each split where the data set names them.
+
+    Raises:
+        ValueError: If a group has images in two splits.
+    """
+    home: dict[str, str] = {}
+    for record in records:
+        if record.group and home.setdefault(record.group, record.split) != record.split:
+            raise ValueError(
+                f"A group must lie in one split, but {record.group!r} has images in "
+                f"{home[record.group]!r} and {record.split!r} (image {record.id!r})."
+            )
+    return {split: [record for record in records if record.split == split] for split in SPLITS}
+
+
+def split_by_seed(
+    records: Sequence[Record], seed: int, folds: int = 10, fold: int = 0
+) -> dict[Split, list[Record]]:
+    """Draw splits: ``fold`` is the test set, the next one validation, the rest training.
+
+    Folds are stratified by label, and images of one group stay together.
+
+    Raises:
+        ValueError: If there are too few images or groups for so many folds.
+    """
+    owners = [(record.group, "" if record.group else record.id) for record in records]
+    number = {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
+    if len(number) < folds:
+        raise ValueError(
+            f"{folds} folds need as many groups, but the data set has {len(number)} "
+            f"in {len(records)} image(s)."
+        )
+    labels = np.array([record.label for record in records])
+    kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    parts = kfold.split(labels, labels, [number[owner] for owner in owners])
+    place = np.empty(len(records), dtype=int)
+    for i, (_, test) in enumerate(parts):
+        place[test] = (i - fold) % folds
+    names: dict[int, Split] = {0: "test", 1: "val"}
+    splits: dict[Split, list[Record]] = {split: [] for split in SPLITS}
+    for record, i in zip(records, place.tolist(), strict=True):
+        splits[names.get(i, "train")].append(record)
+    return splits
+
+
+def processes() -> tuple[int, int]:
+    """Number of processes and the rank of this one."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1, 0
+    return distributed.get_world_size(), distributed.get_rank()
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Splits, loaders and augmentation; a subclass lists its records and reads one of them.
+
+    Args:
+        loading: Size, channels, batch size and workers.
+        augmentation: Geometric augmentation of training batches; None is off.
+        seed: Of the order of training images and of the splits that the data set leaves open.
+        fold: Test fold in 0 .. folds - 1 for cross-validation (validation is the next fold, every
+            split of the table is ignored); None uses the table's split, or draws 80/10/10 %.
+        folds: Number of folds, 3 or more.
+
+    Attributes:
+        class_names: Names of the labels. Label 0 is the normal class; images of every other label
+            carry evidence, which a mask may outline.
+        splits: Records of each split, from ``setup`` on.
+
+    Raises:
+        ValueError: If ``fold`` is outside 0 .. folds - 1, or ``folds`` below 3.
+    """
+
+    class_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        loading: Loading | None = None,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        fold: int | None = None,
+        folds: int = 5,
+    ) -> None:
+        super().__init__()
+        if folds < 3:
+            raise ValueError(f"folds must be 3 or more (test, val, train), but got {folds}.")
+        if fold is not None and not 0 <= fold < folds:
+            raise ValueError(f"fold must be in 0 .. {folds - 1}, but got {fold}.")
+        self.loading = loading or Loading()
+        self.augment = augmentation.build() if augmentation else None
+        self.seed, self.fold, self.folds = seed, fold, folds
+        self.splits: dict[Split, list[Record]] = {}
+        self.kept: dict[str, Sample] | None = {} if self.loading.in_memory else None
+
+    @abstractmethod
+    def records(self) -> list[Record]:
+        """Every image of the data set, in a fixed order, each id once."""
+
+    @abstractmethod
+    def read(self, record: Record) -> Sample:
+        """Read one image and its evidence at ``loading.size`` with ``loading.channels``."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        return len(self.class_names)
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the records of every split, once, whatever the stage.
+
+        Raises:
+            ValueError: If an id comes twice, only some images name their split, a group lies in
+                two splits, or a split is empty.
+        """
+        if not self.splits:
+            self.splits = self.divide(self.records())
+
+    def divide(self, records: Sequence[Record]) -> dict[Split, list[Record]]:
+        """Records of each split, by the table or by the seed, checked."""
+        for name, count in Counter(record.id for record in records).items():
+            if count > 1:
+                raise ValueError(f"Image ids must be unique, but {name!r} comes {count} times.")
+        splits = self.draw(records)
+        for split, members in splits.items():
+            if not members:
+                raise ValueError(
+                    f"Every split needs an image, but {split!r} of {type(self).__name__} "
+                    f"({len(records)} images in all) is empty."
+                )
+        return splits
+
+    def draw(self, records: Sequence[Record]) -> dict[Split, list[Record]]:
+        """Records of each split: by the fold, by the table, or by the seed."""
+        if self.fold is not None:
+            return split_by_seed(records, self.seed, self.folds, self.fold)
+        without = [record for record in records if not record.split]
+        if len(without) == len(records):
+            return split_by_seed(records, self.seed)
+        if without:
+            raise ValueError(
+                f"All images or none must name their split, but {len(without)} of {len(records)} "
+                f"name none (the first is {without[0].id!r})."
+            )
+        return split_by_table(records)
+
+    def train_dataloader(self) -> DataLoader[Item | list[Item]]:
+        """Training images in an order drawn from the seed and the epoch, shared by all processes.
+
+        The last, smaller batch is left out: batch norm fails on a single image.
+        """
+        dataset, (count, rank) = self.dataset("train"), processes()
+        sampler: DistributedSampler[Item | list[Item]] = DistributedSampler(
+            dataset, num_replicas=count, rank=rank, seed=self.seed
+        )
+        drop_last = len(sampler) > self.loading.batch_size
+        return self.load(dataset, sampler, self.loading.batch_size, drop_last)
+
+    def val_dataloader(self) -> DataLoader[Item | list[Item]]:
+        """Validation images, each once."""
+        return self.loader("val")
+
+    def test_dataloader(self) -> DataLoader[Item | list[Item]]:
+        """Test images, each once."""
+        return self.loader("test")
+
+    def loader(self, split: Split) -> DataLoader[Item | list[Item]]:
+        """Images of any split for evaluation: in order, each once, shared by all processes."""
+        dataset = self.dataset(split)
+        return self.load(dataset, EvenBatches(len(dataset), self.loading.batch_size, *processes()))
+
+    def dataset(self, split: Split) -> Images:
+        """Images of a split; calls ``setup`` where that has not been done."""
+        self.setup()
+        return Images(self.splits[split], self.read, self.kept)
+
+    def load(
+        self,
+        dataset: Images,
+        sampler: DistributedSampler[list[int]] | DistributedSampler[Item | list[Item]],
+        batch_size: int | None = None,
+        drop_last: bool = False,
+    ) -> DataLoader[Item | list[Item]]:
+        """A loader with the settings that training and evaluation share."""
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=collate,
+            num_workers=self.loading.workers,
+            persistent_workers=self.loading.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment a training batch on its device, image and mask by the same draw."""
+        if self.augment is None or self.trainer is None or not self.trainer.training:
+            return batch
+        image, mask = self.augment(batch["image"], batch["mask"][:, None].float())
+        mask = mask[:, 0] > 0.5
+        return {**batch, "image": image, "mask": mask, "has_mask": mask.flatten(1).any(1)}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the trainer behind: workers that are spawned receive a copy of this object."""
+        return {**self.__dict__, "trainer": None}

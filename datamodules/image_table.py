@@ -1,0 +1,215 @@
+"""Any folder of labelled images, listed in a CSV table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from datamodules.base import (
+    Augmentation,
+    ImageDataModule,
+    Loading,
+    Record,
+    Sample,
+    data_root,
+)
+from datamodules.images import (
+    Box,
+    boxes_to_mask,
+    read_image,
+    read_mask,
+    resize_image,
+    resize_mask,
+)
+
+OWN_COLUMNS = {"id", "image", "mask", "boxes", "split"}  # the others go into the batch
+SplitCell = Literal["", "train", "val", "test"]
+SPLIT_CELLS: dict[str, SplitCell] = {"": "", "train": "train", "val": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, checked as far as is possible without reading the image.
+
+    Attributes:
+        place: Table and line, for error messages.
+        record: What the data module lists.
+        image: File of the image.
+        mask: File of the mask, if the table names one.
+        boxes: Evidence in pixels of the image; not used if there is a mask.
+    """
+
+    place: str
+    record: Record
+    image: Path
+    mask: Path | None
+    boxes: tuple[Box, ...]
+
+
+class ImageTable(ImageDataModule):
+    """Images of a CSV table, one per row.
+
+    Columns: ``image`` (path relative to the table's folder; it is the id unless there is a column
+    ``id``) and ``label``; optional ``mask`` (path of an image, non-zero inside the evidence),
+    ``boxes`` (JSON list of [x0, y0, x1, y1], half-open, pixels of the image; a mask goes first),
+    ``split`` (train, val or test; empty is drawn from the seed), ``group``. The columns that are
+    not id, image, mask, boxes or split go into the batch as text.
+
+    Args:
+        table: CSV file, relative to the data root.
+        classes: Labels in the order of the classes, the first one without evidence; or for each
+            class the labels merged into it; None takes the labels of the table, sorted.
+        group: Column whose images never part; None takes "group" if the table has it.
+        loading: Size, channels, batch size and workers.
+        augmentation: Of training batches; None is off.
+        seed: Of the splits that the table leaves open.
+        fold: Test fold of a cross-validation, instead of the table's splits.
+        folds: Number of folds.
+
+    Raises:
+        ValueError: If the table breaks a rule; the sentence names the line and the value.
+    """
+
+    def __init__(
+        self,
+        table: str,
+        classes: list[str] | dict[str, list[str]] | None = None,
+        group: str | None = None,
+        loading: Loading | None = None,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        fold: int | None = None,
+        folds: int = 5,
+    ) -> None:
+        super().__init__(loading, augmentation, seed, fold, folds)
+        self.table, self.group = data_root() / table, group
+        if classes is None:
+            classes = sorted({row["label"] for _, row in _lines(self.table)} - {""})
+        merged = classes if isinstance(classes, dict) else {name: [name] for name in classes}
+        self.class_names = tuple(merged)
+        self.class_of = {
+            label: index for index, labels in enumerate(merged.values()) for label in labels
+        }
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        """The checked rows by id."""
+        rows: dict[str, Row] = {}
+        for place, line in _lines(self.table):
+            row = self._parse(place, line)
+            if row.record.id in rows:
+                raise ValueError(
+                    f"{place}: image {row.record.id!r} is listed twice, first in "
+                    f"{rows[row.record.id].place}; keep one of the two."
+                )
+            rows[row.record.id] = row
+        return rows
+
+    def records(self) -> list[Record]:
+        """Every row of the table, in its order."""
+        return [row.record for row in self.rows.values()]
+
+    def read(self, record: Record) -> Sample:
+        """Image and evidence (mask, else boxes, else None) of one row."""
+        row, size = self.rows[record.id], self.loading.size
+        try:
+            image = read_image(row.image, self.loading.channels)
+            mask = None if row.mask is None else read_mask(row.mask)
+        except ValueError as error:
+            raise ValueError(f"{row.place}: {error}") from error
+        height, width = image.shape[1:]
+        if mask is not None and mask.shape != (height, width):
+            raise ValueError(
+                f"{row.place}: mask {row.mask} must have the image's size {height} x {width}, "
+                f"but has {mask.shape[0]} x {mask.shape[1]}."
+            )
+        for box in row.boxes:
+            if box[2] > width or box[3] > height:
+                raise ValueError(
+                    f"{row.place}: box {list(box)} must lie inside the image, which is {width} "
+                    f"pixels wide and {height} high."
+                )
+        if mask is not None:
+            return Sample(resize_image(image, size), resize_mask(mask, size))
+        drawn = boxes_to_mask(row.boxes, height, width, size) if row.boxes else None
+        return Sample(resize_image(image, size), drawn)
+
+    def _parse(self, place: str, line: dict[str, str]) -> Row:
+        label, group = line["label"], self.group or "group"
+        if label not in self.class_of:
+            known = ", ".join(self.class_of)
+            raise ValueError(f"{place}: label {label!r} is unknown; the known ones are {known}.")
+        if self.group is not None and self.group not in line:
+            columns = ", ".join(line)
+            raise ValueError(f"{place}: there is no group column {group!r}, only {columns}.")
+        record = Record(
+            id=line.get("id") or line["image"],
+            label=self.class_of[label],
+            split=_split(place, line.get("split", "")),
+            group=line.get(group, ""),
+            columns={name: text for name, text in line.items() if name not in OWN_COLUMNS},
+        )
+        image = _existing(place, "image", self.table.parent / line["image"])
+        mask = line.get("mask")
+        return Row(
+            place,
+            record,
+            image,
+            _existing(place, "mask", self.table.parent / mask) if mask else None,
+            _boxes(place, line.get("boxes", "")),
+        )
+
+
+def _lines(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Place (table and line of the file) and cells of each row."""
+    if not table.is_file():
+        raise ValueError(f"Table {table} does not exist; set SIMADV_DATA to the data folder.")
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="")
+        columns = list(reader.fieldnames or [])
+        for column in ("image", "label"):
+            if column not in columns:
+                raise ValueError(
+                    f"Table {table}: column {column!r} is missing; it has {', '.join(columns)}."
+                )
+        for cells in reader:
+            place = f"Table {table}, line {reader.line_num}"
+            if None in cells:
+                raise ValueError(f"{place}: there are more cells than the {len(columns)} columns.")
+            yield place, {name: text.strip() for name, text in cells.items()}
+
+
+def _split(place: str, text: str) -> SplitCell:
+    if text not in SPLIT_CELLS:
+        raise ValueError(f"{place}: split must be train, val, test or empty, but got {text!r}.")
+    return SPLIT_CELLS[text]
+
+
+def _existing(place: str, column: str, path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{place}: column {column!r} names {path}, which is not a file.")
+    return path
+
+
+def _boxes(place: str, text: str) -> tuple[Box, ...]:
+    """Boxes of a JSON cell; whether they end inside the image is known only when it is read."""
+    try:
+        cells = json.loads(text or "[]")
+        boxes = [(float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in cells]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{place}: boxes must be a JSON list of [x0, y0, x1, y1], but got {text!r}."
+        ) from error
+    for box in boxes:
+        x0, y0, x1, y1 = box
+        if not all(map(math.isfinite, box)) or not (0 <= x0 < x1 and 0 <= y0 < y1):
+            raise ValueError(
+                f"{place}: box {list(box)} must have finite 0 <= x0 < x1 and 0 <= y0 < y1."
+            )
+    return tuple(boxes)
