@@ -1,0 +1,1 @@
+"""Judging explainers: metrics, statistics, callbacks, comparison, report."""
