@@ -260,7 +260,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    printed = [json.loads(worker.communicate(timeout=200)[0]) for worker in workers]
+    printed = [json.loads(worker.communicate(timeout=600)[0]) for worker in workers]
     (first, alone), (second, _) = printed
     assert alone["count"] == 6
     assert alone["identical"] == 1
