@@ -1,0 +1,70 @@
+"""Optimiser and learning rate schedule, chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch.nn import Parameter
+from torch.optim import Adam, AdamW
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Adam with a schedule.
+
+    Attributes:
+        learning_rate: Initial rate; the peak of "one_cycle".
+        schedule: "constant", "one_cycle" and "cosine" over the whole training, step by step, or
+            "plateau": divided by ``divisor`` after ``patience`` epochs in which ``monitor`` has
+            not fallen by 0.01 %.
+        weight_decay: Decoupled (AdamW); 0 is plain Adam.
+        divisor: Of "plateau".
+        patience: Of "plateau", epochs, 1 or more.
+        monitor: Logged value that "plateau" watches, lower is better.
+
+    Raises:
+        ValueError: If ``patience`` is below 1.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "one_cycle", "cosine", "plateau"] = "plateau"
+    weight_decay: float = 0.0
+    divisor: float = 3.0
+    patience: int = 3
+    monitor: str = "val/loss"
+
+    def __post_init__(self) -> None:
+        """Check the values that torch would take silently."""
+        if self.patience < 1:
+            raise ValueError(f"patience must be 1 epoch or more, but got {self.patience}.")
+
+    def configure(
+        self, parameters: Iterable[Parameter], trainer: Trainer
+    ) -> OptimizerLRSchedulerConfig:
+        """What ``configure_optimizers`` returns for the trainable ``parameters``."""
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        adam = AdamW if self.weight_decay else Adam
+        optimizer = adam(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self.schedule == "plateau":
+            # torch counts the epochs that are let pass, one less than those that are waited for.
+            plateau = ReduceLROnPlateau(
+                optimizer, factor=1 / self.divisor, patience=self.patience - 1
+            )
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": plateau, "monitor": self.monitor},
+            }
+        if self.schedule == "constant":
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": ConstantLR(optimizer, 1)}}
+        steps = int(trainer.estimated_stepping_batches)
+        by_step = (
+            OneCycleLR(optimizer, self.learning_rate, steps)
+            if self.schedule == "one_cycle"
+            else CosineAnnealingLR(optimizer, steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": by_step, "interval": "step"}}
