@@ -1,0 +1,81 @@
+"""One interface for every explainer: an image in, one saliency map out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from classifiers.network import Network
+from explainers.views import Views, average_over_views, smooth
+
+
+class Explainer(ABC):
+    """Explains the decision of ``network``; subclasses give ``saliency``.
+
+    ``explain`` decides the target once, averages over views, smooths, and leaves the network as
+    it was found: training mode, ``requires_grad``, gradients, hooks and buffers.
+    """
+
+    network: Network
+
+    @abstractmethod
+    def saliency(
+        self, image: Float[Tensor, "b c h w"], target: Int64[Tensor, " b"]
+    ) -> Float[Tensor, "b h w"]:
+        """One map per image for its target class, larger = more relevant; called for views too.
+
+        Gradients are off when it is called; a method that needs them opens its own scope.
+        """
+
+    def check_target(  # noqa: B027  not abstract: most explainers take any target
+        self, target: Int64[Tensor, " b"], decision: Int64[Tensor, " b"]
+    ) -> None:
+        """Raise ValueError where this explainer cannot explain ``target``; any class by default."""
+
+    def explain(
+        self,
+        image: Float[Tensor, "b c h w"],
+        target: Int64[Tensor, " b"] | None = None,
+        views: Views | None = None,
+        smoothing: float = 0.0,
+    ) -> Float[Tensor, "b h w"]:
+        """Saliency of each image.
+
+        Args:
+            image: In [0, 1].
+            target: Class to explain; the network's own decision by default.
+            views: Geometric views to average over (Eq. 11); the plain map by default.
+            smoothing: Sigma of a Gaussian over the map, as a share of the image side; 0 is off.
+
+        Returns:
+            Map, larger = more relevant; raw values, any range.
+
+        Raises:
+            ValueError: If the explainer cannot explain a given target.
+        """
+        with untouched(self.network), torch.no_grad():
+            decision = self.network.decide(image)
+            target = decision if target is None else target
+            self.check_target(target, decision)
+            maps = average_over_views(self.saliency, image, target, views)
+            return smooth(maps, smoothing)
+
+
+@contextmanager
+def untouched(network: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter gradients inside; the caller's modes and flags again outside."""
+    modes = [(module, module.training) for module in network.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    try:
+        network.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
