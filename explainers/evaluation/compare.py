@@ -1,0 +1,219 @@
+"""Scores of any explainers on one data set under one protocol, per image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from classifiers.network import Network, decide, probabilities
+from explainers.base import Explainer
+from explainers.evaluation.metrics import image_similarity, localisation_scores
+from explainers.views import Views, smooth
+
+Batch = Mapping[str, Any]
+Generator = Callable[[Tensor], tuple[Tensor, Tensor]]
+Rows = list[dict[str, object]]
+T = TypeVar("T")
+PAIRS = ("x_xs", "x_xa", "xs_xa")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: an explainer by name, and whether it is a control."""
+
+    name: str
+    explainer: Explainer
+    control: bool = False
+
+
+@dataclass
+class Cost:
+    """What explaining took, smoothing and scoring left out.
+
+    Attributes:
+        images: Number of explained images.
+        seconds: Wall time of all of them.
+        megabytes: Largest memory beyond that in use at the start; NaN where it cannot be read.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    megabytes: float = 0.0
+
+    def per_image(self) -> dict[str, float]:
+        """Seconds per image and peak megabytes, over all processes: their sum and their largest."""
+        costs = gathered([(self.images, self.seconds, self.megabytes)])
+        images = sum(cost[0] for cost in costs)
+        seconds = sum(cost[1] for cost in costs) / images if images else float("nan")
+        return {"seconds": seconds, "megabytes": max(cost[2] for cost in costs)}
+
+
+def annotated(batches: Iterable[Batch], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The images that have a mask, with id and mask, on the device."""
+    for batch in batches:
+        chosen = batch["has_mask"].nonzero().flatten()
+        if len(chosen):
+            yield {
+                "id": [batch["id"][k] for k in chosen.tolist()],
+                "image": batch["image"][chosen].to(device),
+                "mask": batch["mask"][chosen].to(device),
+            }
+
+
+def choose_smoothing(
+    explainer: Explainer,
+    batches: Iterable[dict[str, Any]],
+    views: Views | None,
+    candidates: Sequence[float],
+) -> float:
+    """Sigma with the highest mean average precision; the smaller one of equals.
+
+    Args:
+        explainer: Whose maps are smoothed.
+        batches: Annotated validation images, never those of the test split.
+        views: Of the maps.
+        candidates: Sigmas to choose from, shares of the image side.
+    """
+    total = torch.zeros(len(candidates), dtype=torch.float64)
+    for batch in batches:
+        raw = explainer.explain(batch["image"], views=views)
+        for k, sigma in enumerate(candidates):
+            scores = localisation_scores(smooth(raw, sigma), batch["mask"])
+            total[k] += scores["average_precision"].double().nansum().cpu()
+    total = torch.stack(gathered([total])).sum(0)
+    return candidates[int((total - total.max()).abs().le(1e-9).nonzero()[0])]
+
+
+def score_maps(
+    entry: Entry,
+    batches: Iterable[dict[str, Any]],
+    views: Views | None,
+    sigmas: Mapping[str, float],
+) -> tuple[Rows, Cost]:
+    """Localisation scores of every image, for each named sigma, and what the maps cost.
+
+    Args:
+        entry: The explainer.
+        batches: Annotated images.
+        views: Of the maps.
+        sigmas: Smoothing by the name it has in the table ("raw", "smoothed").
+    """
+    rows: Rows = []
+    cost = Cost()
+    for batch in batches:
+        with measured(cost, batch["image"]):
+            raw = entry.explainer.explain(batch["image"], views=views)
+        for name, sigma in sigmas.items():
+            scores = localisation_scores(smooth(raw, sigma), batch["mask"])
+            row = {"method": entry.name, "views": "views" if views else "plain", "smoothing": name}
+            rows += long_form(batch["id"], scores, row)
+    return gathered(rows), cost
+
+
+def long_form(ids: Sequence[str], scores: Mapping[str, Tensor], row: dict[str, str]) -> Rows:
+    """One line per image and metric."""
+    return [
+        {"id": name, **row, "metric": metric, "value": value}
+        for metric, values in scores.items()
+        for name, value in zip(ids, values.tolist(), strict=True)
+    ]
+
+
+def classified(network: Network, batches: Iterable[Batch], device: torch.device) -> pd.DataFrame:
+    """One line per image: id, label, decision, correct, probability per class, table columns."""
+    rows: Rows = []
+    columns = [f"p_{name}" for name in network.class_names]
+    for batch in batches:
+        with torch.inference_mode():
+            logits = network(batch["image"].to(device)).cpu()
+        decision, probability = decide(logits, network.threshold), probabilities(logits)
+        for k, name in enumerate(batch["id"]):
+            label = int(batch["label"][k])
+            rows.append(
+                {
+                    "id": name,
+                    "label": network.class_names[label],
+                    "decision": network.class_names[int(decision[k])],
+                    "correct": int(decision[k]) == label,
+                    **dict(zip(columns, probability[k].tolist(), strict=True)),
+                    **{column: values[k] for column, values in batch["columns"].items()},
+                }
+            )
+    every: Any = gathered(rows)  # pandas' stubs take no list of dict[str, object]
+    return pd.DataFrame(every).sort_values("id", ignore_index=True)
+
+
+def score_generated(
+    name: str, generate: Generator, network: Network, batches: Iterable[Batch], device: torch.device
+) -> Rows:
+    """Kept, flipped, SSIM and PSNR of every image of a similar-adversarial explainer.
+
+    "kept" and "flipped" are 0 or 1 per image; with the decided class behind an underscore they
+    cover the images of that class alone. Infinite PSNR (identical images) is NaN.
+    """
+    rows: Rows = []
+    for batch in batches:
+        image = batch["image"].to(device)
+        with torch.inference_mode():
+            similar, adversarial = generate(image)
+            decided, kept, flipped = (
+                decide(network(x), network.threshold) for x in (image, similar, adversarial)
+            )
+            pairs = ((image, similar), (image, adversarial), (similar, adversarial))
+            similarity = [image_similarity(*pair) for pair in pairs]
+        scores = {"kept": (kept == decided).double(), "flipped": (flipped != decided).double()}
+        for k, class_name in enumerate(network.class_names):
+            for metric in ("kept", "flipped"):
+                scores[f"{metric}_{class_name}"] = scores[metric].where(decided == k, torch.nan)
+        for pair, (ssim, psnr) in zip(PAIRS, similarity, strict=True):
+            scores |= {f"ssim_{pair}": ssim, f"psnr_{pair}": psnr.where(psnr.isfinite(), torch.nan)}
+        row = {"method": name, "views": "plain", "smoothing": "raw"}
+        rows += long_form(batch["id"], scores, row)
+    return [row for row in gathered(rows) if row["value"] == row["value"]]
+
+
+def gathered(rows: list[T]) -> list[T]:
+    """Rows of all processes, in the order of the processes; the list itself without several."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+@contextmanager
+def measured(cost: Cost, image: Tensor) -> Iterator[None]:
+    """Add the time and the peak memory of what happens inside."""
+    on_gpu = image.device.type == "cuda"
+    before = _peak(image.device, reset=True)
+    start = time.perf_counter()
+    yield
+    if on_gpu:
+        torch.cuda.synchronize(image.device)
+    cost.seconds += time.perf_counter() - start
+    cost.images += len(image)
+    cost.megabytes = max(cost.megabytes, (_peak(image.device) - before) / 2**20)
+
+
+def _peak(device: torch.device, *, reset: bool = False) -> float:
+    """Peak memory in bytes: of the GPU, or of this process on Linux; NaN elsewhere."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return float(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024.0 * int(line.split()[1])

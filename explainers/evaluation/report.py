@@ -1,0 +1,75 @@
+"""The HTML page of a comparison."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import pandas as pd
+from jaxtyping import Float
+from jinja2 import Environment
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of the page: an RGB tensor (3, h, w) in [0, 1] under a caption."""
+
+    caption: str
+    pixels: Float[Tensor, "3 h w"]
+
+    def data_uri(self, side: int = 160) -> str:
+        """PNG of at least ``side`` pixels as a data URI, so that the page stands alone."""
+        array = (self.pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        image = Image.fromarray(array)
+        scale = max(1, round(side / image.height))
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        buffer = BytesIO()
+        image.save(buffer, "PNG", optimize=True)
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem;
+       color: #1c2430; background: #fff }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #dde3ea; text-align: left;
+         white-space: nowrap; font-variant-numeric: tabular-nums }
+th { background: #f3f6f9; position: sticky; top: 0 }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; margin: .4rem 0 1.4rem }
+figure { margin: 0; width: 164px } figcaption { font-size: 12px; color: #4a5666 }
+img { width: 160px; image-rendering: pixelated; border: 1px solid #dde3ea }
+dt { font-weight: 600 } dd { margin: 0 0 .4rem 0; overflow-wrap: anywhere }
+</style></head><body>
+<h1>{{ title }}</h1>
+<dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
+{% for name, table in tables.items() %}<h2>{{ name }}</h2><div class="wide"><table>
+<tr>{% for column in table.columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for line in table.values.tolist() %}
+<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>{% endfor %}
+<h2>Pictures</h2>
+<p>Outline: the annotated evidence. Tinted: the pixels at or above the map's 95th percentile.</p>
+{% for name, pictures in gallery.items() %}<h3>{{ name }}</h3><div class="row">
+{% for picture in pictures %}<figure>
+<img alt="{{ picture.caption }}" src="{{ picture.data_uri() }}">
+<figcaption>{{ picture.caption }}</figcaption></figure>{% endfor %}</div>{% endfor %}
+</body></html>
+"""
+
+
+def html_page(
+    title: str,
+    facts: Mapping[str, str],
+    tables: Mapping[str, pd.DataFrame],
+    gallery: Mapping[str, Sequence[Picture]],
+) -> str:
+    """One self-contained HTML page; every text is escaped."""
+    template = Environment(autoescape=True).from_string(PAGE)
+    return template.render(title=title, facts=facts, tables=tables, gallery=gallery)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from explainers.evaluation.statistics import Row
+from explainers.evaluation.tables import (
+    auc_interval,
+    best_control,
+    classifier_rows,
+    long_table,
+    markdown,
+    wide_table,
+)
+
+
+def images(n: int = 40, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    label = np.where(np.arange(n) % 2, "ill", "well")
+    probability = np.round(rng.random(n) * 0.7 + 0.3 * (label == "ill"), 1)  # with ties
+    return pd.DataFrame(
+        {
+            "id": [f"{k}" for k in range(n)],
+            "group": "",
+            "label": label,
+            "correct": (probability > 0.5) == (label == "ill"),
+            "p_well": 1 - probability,
+            "p_ill": probability,
+        }
+    )
+
+
+def scores(table: pd.DataFrame) -> pd.DataFrame:
+    parts = []
+    for method, value in (("Good", 0.8), ("Random map", 0.1), ("Centred Gaussian", 0.3)):
+        part = pd.DataFrame({"id": table["id"], "group": "", "method": method})
+        wave = 0.01 * np.arange(len(table)) / len(table)
+        parts.append(part.assign(views="plain", smoothing="raw", value=value + wave))
+    return pd.concat(parts, ignore_index=True).assign(metric="average_precision")
+
+
+def costs() -> pd.DataFrame:
+    names = ["Good", "Random map", "Centred Gaussian"]
+    one = {"views": "plain", "sigma": 0.05, "seconds": 0.5, "megabytes": 7.0}
+    return pd.DataFrame([{"method": name, "control": name != "Good", **one} for name in names])
+
+
+def test_auc_is_that_of_scikit_learn() -> None:
+    table = images()
+    interval = auc_interval(table, "ill")
+    assert interval.mean == pytest.approx(roc_auc_score(table["label"] == "ill", table["p_ill"]))
+    assert interval.low < interval.mean < interval.high
+    assert interval.n == 40
+
+
+def test_auc_interval_against_plain_resampling() -> None:
+    table = images(60)
+    rng, values = np.random.default_rng(1), []
+    for _ in range(500):
+        part = table.iloc[rng.integers(60, size=60)]
+        values.append(roc_auc_score(part["label"] == "ill", part["p_ill"]))
+    low, high = np.quantile(values, [0.025, 0.975])
+    interval = auc_interval(table, "ill")
+    assert interval.low == pytest.approx(low, abs=0.03)
+    assert interval.high == pytest.approx(high, abs=0.03)
+
+
+def test_auc_draws_whole_groups() -> None:
+    """Copies of every image in its group leave the interval as it is without them."""
+    table = images(30)
+    copies = pd.concat([table.assign(id=table["id"] + s, group=table["id"]) for s in "ab"])
+    alone = table.assign(group=table["id"])
+    assert auc_interval(copies, "ill")[1:3] == pytest.approx(
+        auc_interval(alone, "ill")[1:3], abs=0.02
+    )
+
+
+def test_auc_of_seeds_is_their_mean() -> None:
+    first, second = images(), images()
+    second["p_ill"] = 1 - second["p_ill"]
+    both = pd.concat([first.assign(seed=0), second.assign(seed=1)])
+    assert auc_interval(both, "ill").mean == pytest.approx(0.5)
+
+
+def test_auc_without_one_class_is_nan() -> None:
+    table = images()
+    assert np.isnan(auc_interval(table[table["label"] == "ill"], "ill").mean)
+
+
+def test_classifier_rows_of_two_classes() -> None:
+    rows = classifier_rows(images()).set_index("metric")
+    assert list(rows.index) == ["accuracy", "auc"]
+    assert rows.loc["accuracy", "mean"] == pytest.approx(images()["correct"].mean())
+
+
+def test_correct_rows_leave_out_the_wrong_images() -> None:
+    table = images()
+    long = long_table(scores(table), table).set_index(["method", "metric"])
+    assert long.loc[("Good", "average_precision"), "n"] == 40
+    assert long.loc[("Good", "average_precision_correct"), "n"] == table["correct"].sum()
+
+
+def test_wide_table_holds_difference_to_the_best_control() -> None:
+    table = images()
+    values = scores(table)
+    assert best_control(values, ["Random map", "Centred Gaussian"]) == Row("Centred Gaussian")
+    wide = wide_table(long_table(values, table), values, costs()).set_index("method")
+    column = "AP minus best control (Centred Gaussian, plain, raw)"
+    assert wide.loc["Good", column] == "+0.500 [+0.500, +0.500]"
+    assert wide.loc["Centred Gaussian", column] == ""
+    assert wide.loc["Good", "s / image"] == "0.5000"
+    assert wide.loc["Good", "sigma"] == "0"  # the raw row is not smoothed
+
+
+def test_without_controls_there_is_no_best_one() -> None:
+    assert best_control(scores(images()), []) is None
+
+
+def test_markdown_by_hand() -> None:
+    table = pd.DataFrame({"a": ["x"], "b": ["1"]})
+    assert markdown(table) == "| a | b |\n| --- | --- |\n| x | 1 |\n"
