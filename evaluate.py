@@ -1,0 +1,277 @@
+"""Judge explainers: ``python evaluate.py compare -c configs/busi/compare.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from jsonargparse import auto_cli
+from lightning.fabric import Fabric
+from lightning.pytorch import seed_everything
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
+
+from classifiers import Network, load_network
+from datamodules.base import ImageDataModule, collate
+from explainers import attribution
+from explainers.base import Explainer
+from explainers.evaluation import compare as scoring
+from explainers.evaluation import pictures, report, statistics, tables
+from explainers.learned import LearnedExplainer, load_explainer
+from explainers.views import Views
+
+Method = Callable[[Network], Explainer]
+
+
+@dataclass
+class Results:
+    """What a comparison leaves: tables from which everything else is made.
+
+    Attributes:
+        scores: Per image, method and metric; see `statistics.checked_scores`.
+        images: Per image: id, group, label, decision, correct, p_<class>, table columns.
+        costs: Per method and views: control, sigma, seconds per image, megabytes.
+    """
+
+    scores: pd.DataFrame
+    images: pd.DataFrame
+    costs: pd.DataFrame
+
+    def write(self, out: Path) -> dict[str, pd.DataFrame]:
+        """Write the three as CSV, table.csv (long form) and table.md; gives the tables shown."""
+        out.mkdir(parents=True, exist_ok=True)
+        statistics.write_scores(self.scores, out / "scores.csv")
+        self.images.to_csv(out / "images.csv", index=False)
+        self.costs.to_csv(out / "costs.csv", index=False)
+        long = tables.long_table(self.scores, self.images)
+        long.to_csv(out / "table.csv", index=False)
+        shown = {"Localisation": tables.wide_table(long, self.scores, self.costs)}
+        if (self.scores["metric"] == "kept").any():
+            shown["Generated images"] = tables.generated_table(long)
+        shown["Classifier"] = tables.classifier_table(long)
+        text = [f"## {name}\n\n{tables.markdown(table)}" for name, table in shown.items()]
+        (out / "table.md").write_text("\n".join(text))
+        return shown
+
+    @classmethod
+    def read(cls, out: Path) -> Results:
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: If the folder holds no comparison.
+        """
+        if not (out / "scores.csv").exists():
+            raise ValueError(f"{str(out)!r} holds no scores.csv; give the out folder of compare.")
+        text = {"id": str, "group": str}
+        images = pd.read_csv(out / "images.csv", dtype=text, keep_default_na=False)
+        costs = pd.read_csv(out / "costs.csv")
+        return cls(statistics.read_scores(out / "scores.csv"), images, costs)
+
+
+def compare(
+    data: ImageDataModule,
+    classifier: str,
+    explainers: dict[str, str] | None = None,
+    methods: dict[str, Method] | None = None,
+    views: Views | None = None,
+    smoothing: tuple[float, ...] = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07),
+    split: Literal["val", "test"] = "test",
+    out: str = "runs/compare",
+    pictured: int = 8,
+    seed: int = 0,
+    devices: int = 1,
+    accelerator: str = "auto",
+) -> None:
+    """Score explainers side by side; writes table.csv, table.md, scores.csv and report.html.
+
+    Args:
+        data: Images with masks, as in training.
+        classifier: Checkpoint of the classifier that is explained.
+        explainers: Checkpoints of learned explainers, by the name of their row.
+        methods: Other methods, by the name of their row.
+        views: Geometric views, the same for every method; none scores plain maps alone.
+        smoothing: Sigmas (share of the image side) from which each method's own is chosen by
+            average precision on the validation split; (0) scores raw maps alone.
+        split: Scored split.
+        out: Folder that everything is written to.
+        pictured: Images on the page.
+        seed: Of everything that draws.
+        devices: Processes.
+        accelerator: Where they run.
+    """
+    seed_everything(seed, verbose=False)
+    strategy = "ddp" if devices > 1 else "auto"
+    fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy)
+    fabric.launch()
+    with fabric.rank_zero_first():
+        data.prepare_data()
+    data.setup("test")
+    network = load_network(classifier).to(fabric.device)
+    check_classes(network, data)
+    learned = {
+        name: same_classifier(load_explainer(path).to(fabric.device), network, name)
+        for name, path in (explainers or {}).items()
+    }
+    others = {name: build(network) for name, build in (methods or {}).items()}
+    entries = [scoring.Entry(name, one) for name, one in (learned | others).items()]
+    entries += controls(network, data, seed)
+    scores, costs = score(entries, data, split, views, smoothing, fabric.device)
+    for name, explainer in learned.items():
+        scores += scoring.score_generated(
+            name, explainer, network, data.loader(split), fabric.device
+        )
+    images = scoring.classified(network, data.loader(split), fabric.device)
+    if fabric.is_global_zero:
+        groups = {record.id: record.group for record in data.splits[split]}
+        per_image = pd.DataFrame(scores)
+        per_image.insert(1, "group", per_image["id"].map(groups))
+        images.insert(1, "group", images["id"].map(groups))
+        results = Results(per_image, images, pd.DataFrame(costs))
+        shown = results.write(Path(out))
+        sources = {"Classifier": classifier, **(explainers or {})}
+        facts = {
+            "Data": f"{type(data).__name__}, {split} split, {len(images)} images, "
+            f"{per_image['id'][per_image['metric'] == 'average_precision'].nunique()} with a mask",
+            "Views": str(views) if views else "none",
+            "Smoothing": f"chosen on the validation split from {list(smoothing)}",
+            "Device": f"{fabric.device}, batches of {data.loading.batch_size}, seed {seed}",
+            "Checkpoints": ", ".join(f"{name}: {path}" for name, path in sources.items()),
+        }
+        gallery = pictured_images(
+            entries, results.costs, data, split, views, pictured, fabric.device
+        )
+        page = report.html_page("Explainers compared", facts, shown, gallery)
+        (Path(out) / "report.html").write_text(page)
+
+
+def pool(folders: list[str], out: str) -> None:
+    """Pool comparisons of several seeds: the mean over seeds per image, intervals over images.
+
+    Args:
+        folders: Out folders of compare, one per seed, with the same methods and images.
+        out: Folder that the pooled tables and scores are written to.
+    """
+    parts = [Results.read(Path(folder)) for folder in folders]
+
+    scores, images, costs = (
+        pd.concat([part.assign(seed=seed) for seed, part in enumerate(kind)])
+        for kind in zip(*((p.scores, p.images, p.costs) for p in parts), strict=True)
+    )
+    Results(scores, images, costs).write(Path(out))
+
+
+def check_classes(network: Network, data: ImageDataModule) -> None:
+    """Raise ValueError where classifier and data name other classes."""
+    if list(data.class_names) != network.class_names:
+        raise ValueError(
+            f"the classifier was trained on classes {network.class_names}, but the data has "
+            f"{list(data.class_names)}; give the data module that the classifier was trained with."
+        )
+
+
+def same_classifier(explainer: LearnedExplainer, network: Network, name: str) -> LearnedExplainer:
+    """The explainer, or a ValueError where it explains another classifier."""
+    own, other = explainer.network.state_dict(), network.state_dict()
+    same = own.keys() == other.keys() and all(own[k].equal(other[k]) for k in own)
+    if not same or explainer.network.threshold != network.threshold:
+        raise ValueError(
+            f"explainer {name!r} was trained for another classifier (its weights or threshold "
+            "differ); give its own classifier, or train it again."
+        )
+    return explainer
+
+
+def controls(network: Network, data: ImageDataModule, seed: int) -> list[scoring.Entry]:
+    """The four controls that every table holds (PROTOCOLS: controls)."""
+    training = DataLoader(data.dataset("train"), data.loading.batch_size, collate_fn=collate)
+    mask = attribution.mean_mask(training).to(network.mean.device)
+    rows: dict[str, Explainer] = {
+        "Random map": attribution.RandomMap(network, seed),
+        "Centred Gaussian": attribution.CentredGaussian(network),
+        "Mean training mask": attribution.MeanMask(network, mask),
+        "Edge map": attribution.EdgeMap(network),
+    }
+    return [scoring.Entry(name, explainer, True) for name, explainer in rows.items()]
+
+
+def score(
+    entries: Sequence[scoring.Entry],
+    data: ImageDataModule,
+    split: Literal["val", "test"],
+    views: Views | None,
+    smoothing: Sequence[float],
+    device: torch.device,
+) -> tuple[scoring.Rows, scoring.Rows]:
+    """Scores per image, and per method and views the chosen smoothing and the costs."""
+    scores: scoring.Rows = []
+    costs: scoring.Rows = []
+    variants = [None, views] if views and views.count else [None]
+    jobs = [(entry, variant) for entry in entries for variant in variants]
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(jobs))
+        for entry, variant in jobs:
+            form = "views" if variant else "plain"
+            progress.update(task, description=f"{entry.name}, {form}")
+            validation = scoring.annotated(data.loader("val"), device)
+            sigma = scoring.choose_smoothing(entry.explainer, validation, variant, smoothing)
+            sigmas = {"raw": 0.0} | ({"smoothed": sigma} if any(smoothing) else {})
+            scored = scoring.annotated(data.loader(split), device)
+            rows, cost = scoring.score_maps(entry, scored, variant, sigmas)
+            scores += rows
+            row = {"method": entry.name, "views": form, "control": entry.control, "sigma": sigma}
+            costs.append({**row, **cost.per_image()})
+            progress.advance(task)
+    return scores, costs
+
+
+def pictured_images(
+    entries: Sequence[scoring.Entry],
+    costs: pd.DataFrame,
+    data: ImageDataModule,
+    split: Literal["val", "test"],
+    views: Views | None,
+    count: int,
+    device: torch.device,
+) -> dict[str, list[report.Picture]]:
+    """The first annotated images with the smoothed map of every method, controls left out."""
+    sigma = costs.set_index(["method", "views"])["sigma"]
+    form = "views" if views and views.count else "plain"
+    gallery: dict[str, list[report.Picture]] = {}
+    for batch in data.loader(split):
+        chosen = batch["has_mask"].nonzero().flatten()[: count - len(gallery)]
+        if not len(chosen):
+            continue
+        image, mask = batch["image"][chosen].to(device), batch["mask"][chosen]
+        columns = {"image": pictures.outlined(pictures.rgb(image), mask)}
+        for entry in entries:
+            if entry.control:
+                continue
+            if isinstance(entry.explainer, LearnedExplainer):
+                with torch.inference_mode():
+                    generated = entry.explainer.eval()(image)
+                names = (f"{entry.name}: similar", f"{entry.name}: adversarial")
+                columns |= dict(zip(names, map(pictures.rgb, generated), strict=True))
+            raw = entry.explainer.explain(image, views=views, smoothing=sigma[entry.name, form])
+            columns[entry.name] = pictures.heat(raw)
+            columns[f"{entry.name}, top 5 %"] = pictures.outlined(pictures.tinted(image, raw), mask)
+        for k, index in enumerate(chosen.tolist()):
+            label = f"{batch['id'][index]} ({data.class_names[int(batch['label'][index])]})"
+            gallery[label] = [report.Picture(name, part[k]) for name, part in columns.items()]
+        if len(gallery) >= count:
+            break
+    return gallery
+
+
+def progress_bar() -> Progress:
+    """Bar with the current row, how many are done and the time left."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )
+
+
+if __name__ == "__main__":
+    auto_cli([compare, pool], as_positional=False)

@@ -1,0 +1,103 @@
+"""What the tests share: no W&B account is touched, and two checkpoints trained once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PHANTOM = """
+model: {model}
+data:
+  class_path: datamodules.Phantom
+  init_args:
+    train: 96
+    val: 15
+    test: 13
+    loading: {{size: 32, batch_size: 4}}
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+CLASSIFIER = """
+  class_path: classifiers.Classifier
+  init_args:
+    network: {class_path: classifiers.Network, init_args: {backbone: resnet18}}
+    optimisation: {learning_rate: 1.0e-3, schedule: one_cycle}
+    threshold: youden
+"""
+SINGLE = """
+  class_path: explainers.Single
+  init_args:
+    network: {network}
+    convolutions: 1
+    geometry: {{widths: [8, 16]}}
+    optimisation: {{learning_rate: 5.0e-3, schedule: one_cycle}}
+"""
+CALLBACKS = """
+  callbacks:
+    - class_path: explainers.evaluation.callbacks.WeakLocalisation
+      init_args: {views: {count: 2}, smoothing: 0.05}
+    - class_path: explainers.evaluation.callbacks.GeneratedImages
+    - class_path: explainers.evaluation.callbacks.Panel
+      init_args: {images: 2}
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline_wandb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """W&B writes under the tests' own folder and logs in nowhere, whatever key is set."""
+    folder = tmp_path_factory.mktemp("wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        for kind in ("DATA", "CACHE", "CONFIG"):
+            patch.setenv(f"WANDB_{kind}_DIR", str(folder / kind.lower()))
+        yield
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., None]:
+    """``train.py`` in this process: its arguments, then it is as if the command had ended."""
+    import wandb
+
+    from train import main
+
+    def run(*arguments: str | Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["train.py"])
+            main([str(argument) for argument in arguments])
+        wandb.finish()
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            os.environ.pop(name, None)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def phantom_classifier(
+    train: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Best checkpoint of a ResNet18 on 32-pixel phantoms, config.yaml and logs beside it."""
+    folder = tmp_path_factory.mktemp("classifier")
+    preset = folder / "preset.yaml"
+    preset.write_text(PHANTOM.format(model=CLASSIFIER))
+    train("fit", "-c", preset, "--out", folder, "--logging", "csv")
+    return folder / "best.ckpt"
+
+
+@pytest.fixture(scope="session")
+def phantom_single(
+    train: Callable[..., None], phantom_classifier: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Best checkpoint of a Single explainer of `phantom_classifier`, logged to W&B offline."""
+    folder = tmp_path_factory.mktemp("single")
+    preset = folder / "preset.yaml"
+    preset.write_text(PHANTOM.format(model=SINGLE.format(network=phantom_classifier)) + CALLBACKS)
+    train("fit", "-c", preset, "--out", folder, "--logging", "wandb")
+    return folder / "best.ckpt"

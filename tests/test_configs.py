@@ -1,0 +1,134 @@
+"""Every preset in configs/ runs one batch; its five comment lines are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from classifiers import Network
+from datamodules.base import data_root
+from train import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRESETS = sorted(p for p in CONFIGS.rglob("*.yaml") if "\nmodel:\n" in p.read_text())
+CLASSES = {
+    "busi": ["normal", "lesion"],
+    "deeppcb": ["normal", "defect"],
+    "phantom": ["healthy", "opacity"],
+    "demo": ["healthy", "opacity"],
+    "rsna": ["healthy", "opacity"],
+}
+SMALL = ["--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
+SMALL += ["--data.loading.size", "64", "--data.loading.batch_size", "2"]
+SMALL += ["--data.loading.workers", "0"]
+
+
+def name_of(preset: Path) -> str:
+    return str(preset.relative_to(CONFIGS))
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An untrained classifier for each data set, in a checkpoint as train.py writes it."""
+    folder, paths = tmp_path_factory.mktemp("classifiers"), {}
+    for data, names in CLASSES.items():
+        network = Network("resnet18", class_names=names)
+        state = {f"network.{key}": value for key, value in network.state_dict().items()}
+        paths[data] = folder / f"{data}.ckpt"
+        torch.save({"network": network.recipe, "state_dict": state}, paths[data])
+    return paths
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=name_of)
+def test_one_batch(
+    preset: Path,
+    classifiers: dict[str, Path],
+    rsna_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = preset.relative_to(CONFIGS).parts[0]
+    arguments = ["fit", "-c", str(preset), "--out", str(tmp_path), *SMALL]
+    if data == "rsna":
+        monkeypatch.setenv("SIMADV_DATA", str(rsna_folder.parent))
+        arguments += ["--data.split", "seeded"]
+    elif data in ("busi", "deeppcb") and not (data_root() / data).exists():
+        pytest.skip(f"no folder {data} under SIMADV_DATA")
+    if "classifier" in preset.stem:
+        arguments += ["--model.network.init_args.weights", "null"]
+    else:
+        arguments += ["--model.network", str(classifiers[data])]
+    trainer = main(arguments).trainer
+    assert trainer.global_step == 1
+    assert trainer.callback_metrics["val/loss"].isfinite()
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=name_of)
+def test_five_comment_lines(preset: Path) -> None:
+    lines = preset.read_text().splitlines()
+    assert all(line.startswith("# ") for line in lines[:5])
+    assert not lines[5].startswith("#")
+    assert lines[1] == f"# python train.py fit -c configs/{name_of(preset)}"
+    assert lines[4].startswith("# Known differences: ")
+
+
+def test_every_row_of_table_1_in_both_readings() -> None:
+    """Table I by hand: the columns read as l_s l_a l_sa c_s c_a w t, and c_s, l_sa exchanged."""
+    table = {
+        "duo_tv": (1, 1, 1, 0, 0.001, 0, 0.2),
+        "duo_w_tv": (1, 1, 1, 0, 0.001, 0.1, 0.2),
+        "single1_tv": (1, 1, 1, 0, 0.001, 0, 0.2),
+        "single1_w": (3, 1, 1, 0.2, 0.001, 0.1, 0),
+        "single1_w_tv": (1, 1, 1, 0.2, 0.001, 0.1, 0.2),
+        "single2_w": (3, 1, 1, 0.2, 0.001, 0.2, 0),
+        "single2_w_tv": (3, 1, 1, 0.2, 0.001, 0.2, 0.2),
+    }
+    first = ["similar", "adversarial", "pair", "classify_similar"]
+    second = ["similar", "adversarial", "classify_similar", "pair"]
+    rest = ["classify_adversarial", "proximity", "variation"]
+    for folder, order in (("rsna", first), ("rsna/reading2", second)):
+        for row, values in table.items():
+            preset = yaml.safe_load((CONFIGS / folder / f"{row}.yaml").read_text())
+            weights = preset["model"]["init_args"]["weights"]
+            assert [weights[key] for key in order + rest] == list(values)
+            if "single" in row:
+                assert preset["model"]["init_args"]["convolutions"] == int(row[6])
+
+
+@pytest.fixture(scope="session")
+def rsna_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The challenge's layout with 30 small exams of random values."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    folder = tmp_path_factory.mktemp("data") / "rsna"
+    images = folder / "stage_2_train_images"
+    images.mkdir(parents=True)
+    rng, boxes, classes = np.random.default_rng(0), [], []
+    for k in range(30):
+        name, positive = f"exam-{k:02d}", k % 2
+        dicom = Dataset()
+        dicom.file_meta = FileMetaDataset()
+        dicom.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dicom.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+        dicom.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        dicom.Rows = dicom.Columns = 1024
+        dicom.BitsAllocated = dicom.BitsStored = 8
+        dicom.HighBit, dicom.PixelRepresentation, dicom.SamplesPerPixel = 7, 0, 1
+        dicom.PhotometricInterpretation = "MONOCHROME2"
+        pixels = rng.integers(0, 256, (16, 16), dtype=np.uint8).repeat(64, 0).repeat(64, 1)
+        dicom.PixelData = pixels.tobytes()
+        dicom.save_as(images / f"{name}.dcm", enforce_file_format=True)
+        box = (100, 200, 300, 250) if positive else (None,) * 4
+        boxes.append((name, *box, positive))
+        classes.append((name, "Lung Opacity" if positive else "Normal"))
+    columns = ["patientId", "x", "y", "width", "height", "Target"]
+    pd.DataFrame(boxes, columns=columns).to_csv(folder / "stage_2_train_labels.csv", index=False)
+    info = pd.DataFrame(classes, columns=["patientId", "class"])
+    info.to_csv(folder / "stage_2_detailed_class_info.csv", index=False)
+    return folder

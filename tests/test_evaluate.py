@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from bs4 import BeautifulSoup
+from PIL import Image
+
+import evaluate
+from classifiers import load_network
+from datamodules import Phantom
+from datamodules.base import Loading
+from explainers import Views, load_explainer
+from explainers.attribution import GradCAM, Gradient
+from explainers.evaluation.metrics import localisation_scores
+from explainers.views import smooth
+
+ROOT = Path(__file__).parents[1]
+CONTROLS = {"Random map", "Centred Gaussian", "Mean training mask", "Edge map"}
+
+
+def phantom() -> Phantom:
+    return Phantom(train=24, val=12, test=13, loading=Loading(size=32, batch_size=4))
+
+
+def compare(classifier: Path, single: Path, out: Path) -> None:
+    evaluate.compare(
+        phantom(),
+        str(classifier),
+        {"Single": str(single)},
+        {"Gradient": Gradient, "Grad-CAM": lambda network: GradCAM(network, "layer1")},
+        Views(count=2),
+        (0.0, 0.05),
+        out=str(out),
+        pictured=2,
+        accelerator="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def results(
+    phantom_classifier: Path, phantom_single: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("compare")
+    compare(phantom_classifier, phantom_single, out)
+    return out
+
+
+def test_every_row_and_no_image_twice(results: Path) -> None:
+    scores = evaluate.Results.read(results).scores
+    data = phantom()
+    batches = list(data.loader("test"))
+    annotated = [
+        name for b in batches for name, there in zip(b["id"], b["has_mask"], strict=True) if there
+    ]
+    precision = scores[scores["metric"] == "average_precision"]
+    rows = precision.groupby(["method", "views", "smoothing"])["id"].apply(sorted)
+    assert set(rows.index.get_level_values("method")) == CONTROLS | {
+        "Single",
+        "Gradient",
+        "Grad-CAM",
+    }
+    assert len(rows) == 7 * 2 * 2
+    assert all(ids == sorted(annotated) for ids in rows)
+
+
+def test_scores_are_those_of_the_explainer(results: Path, phantom_single: Path) -> None:
+    """Average precision of the smoothed average over views, worked out image by image."""
+    tables = evaluate.Results.read(results)
+    cost = tables.costs.set_index(["method", "views"]).loc[("Single", "views")]
+    explainer = load_explainer(phantom_single)
+    expected = {}
+    for batch in phantom().loader("test"):
+        for k in batch["has_mask"].nonzero().flatten().tolist():
+            maps = explainer.explain(batch["image"][k : k + 1], views=Views(count=2))
+            score = localisation_scores(smooth(maps, cost["sigma"]), batch["mask"][k : k + 1])
+            expected[batch["id"][k]] = float(score["average_precision"])
+    rows = tables.scores.query(
+        "method == 'Single' and views == 'views' and smoothing == 'smoothed' "
+        "and metric == 'average_precision'"
+    )
+    found = dict(zip(rows["id"], rows["value"], strict=True))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_smoothing_is_chosen_on_validation(results: Path, phantom_classifier: Path) -> None:
+    network = load_network(phantom_classifier)
+    totals = {0.0: 0.0, 0.05: 0.0}
+    for batch in phantom().loader("val"):
+        chosen = batch["has_mask"]
+        if chosen.any():
+            maps = Gradient(network).explain(batch["image"][chosen])
+            for sigma in totals:
+                score = localisation_scores(smooth(maps, sigma), batch["mask"][chosen])
+                totals[sigma] += float(score["average_precision"].sum())
+    costs = evaluate.Results.read(results).costs.set_index(["method", "views"])
+    assert costs.loc[("Gradient", "plain"), "sigma"] == max(totals, key=lambda sigma: totals[sigma])
+
+
+def test_long_table(results: Path) -> None:
+    table = pd.read_csv(results / "table.csv")
+    tables = evaluate.Results.read(results)
+    assert list(table)[:2] == ["method", "views"]
+    assert {"metric", "mean", "low", "high", "n"} < set(table)
+    row = table.query(
+        "method == 'Gradient' and views == 'plain' and smoothing == 'raw' and metric == 'iou_95'"
+    ).iloc[0]
+    values = tables.scores.query(
+        "method == 'Gradient' and views == 'plain' and smoothing == 'raw' and metric == 'iou_95'"
+    )["value"]
+    assert row["mean"] == pytest.approx(values.mean())
+    assert row["n"] == len(values)
+    assert row["low"] <= row["mean"] <= row["high"]
+    classifier = table[table["method"] == "Classifier"].set_index("metric")["mean"]
+    assert classifier["accuracy"] == pytest.approx(tables.images["correct"].mean())
+    correct = table.query("metric == 'average_precision_correct'")
+    right = set(tables.images.loc[tables.images["correct"], "id"]) & set(values.index.map(str))
+    assert len(right) == 0 or (correct["n"] <= len(values)).all()
+
+
+def test_kept_and_flipped_per_decided_class(results: Path, phantom_single: Path) -> None:
+    explainer = load_explainer(phantom_single)
+    network, kept = explainer.network, []
+    for batch in phantom().loader("test"):
+        with torch.no_grad():
+            similar, _ = explainer(batch["image"])
+            kept += (network.decide(similar) == network.decide(batch["image"])).tolist()
+    scores = evaluate.Results.read(results).scores
+    assert scores.query("metric == 'kept'")["value"].mean() == pytest.approx(np.mean(kept))
+    per_class = scores[scores["metric"].isin(["kept_healthy", "kept_opacity"])]
+    assert len(per_class) == len(kept)
+
+
+def test_page_stands_alone_and_shows_pictures(results: Path) -> None:
+    page = BeautifulSoup((results / "report.html").read_text(), "html.parser")
+    images = page.find_all("img")
+    # outlined image, similar, adversarial, and map and top 5 % of the three methods
+    assert len(images) == 2 * (1 + 2 + 3 * 2)
+    for image in images:
+        prefix, data = str(image["src"]).split(",", 1)
+        assert prefix == "data:image/png;base64"
+        assert Image.open(BytesIO(base64.b64decode(data))).width >= 160
+    assert not page.find_all(["script", "link"])
+    cells = [cell.text for cell in page.find_all("td")]
+    assert "Grad-CAM" in cells
+    assert "Mean training mask" in cells
+
+
+def test_two_processes_give_the_scores_of_one(
+    results: Path, phantom_classifier: Path, phantom_single: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "compare.yaml"
+    config.write_text(f"""
+data:
+  class_path: datamodules.Phantom
+  init_args: {{train: 24, val: 12, test: 13, loading: {{size: 32, batch_size: 4}}}}
+classifier: {phantom_classifier}
+explainers: {{Single: {phantom_single}}}
+methods:
+  Gradient: {{class_path: explainers.attribution.Gradient}}
+  Grad-CAM: {{class_path: explainers.attribution.GradCAM, init_args: {{layer: layer1}}}}
+views: {{count: 2}}
+smoothing: [0, 0.05]
+out: {tmp_path / "out"}
+pictured: 2
+""")
+    command = [sys.executable, "evaluate.py", "compare", "--config", str(config)]
+    command += ["--devices", "2", "--accelerator", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    key = ["id", "method", "views", "smoothing", "metric"]
+    one, two = (
+        evaluate.Results.read(folder).scores.set_index(key)["value"].sort_index()
+        for folder in (results, tmp_path / "out")
+    )
+    assert one.index.equals(two.index)
+    # convolutions of another batch size round differently; the maps differ by about 1e-7, which
+    # may exchange two neighbouring pixels of a ranking
+    np.testing.assert_allclose(one, two, atol=2e-3)
+    assert (one - two).abs().mean() < 1e-4
+
+
+def test_pool_takes_the_mean_over_seeds(results: Path, tmp_path: Path) -> None:
+    other = evaluate.Results.read(results)
+    other.scores["value"] += 0.5
+    other.write(tmp_path / "other")
+    evaluate.pool([str(results), str(tmp_path / "other")], str(tmp_path / "pooled"))
+    key = ["method", "views", "smoothing", "metric"]
+    first, pooled = (
+        pd.read_csv(folder / "table.csv").set_index(key)
+        for folder in (results, tmp_path / "pooled")
+    )
+    rows = first.index.get_level_values("metric") == "average_precision"
+    difference = (pooled["mean"] - first["mean"])[rows]
+    np.testing.assert_allclose(difference, 0.25)
+    assert (pooled["n"] == first["n"])[rows].all()
+
+
+def test_pool_names_a_folder_without_scores(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no scores\.csv"):
+        evaluate.pool([str(tmp_path)], str(tmp_path / "out"))
+
+
+def test_another_classifier_is_refused(phantom_classifier: Path, phantom_single: Path) -> None:
+    network = load_network(phantom_classifier)
+    with torch.no_grad():
+        network.backbone.fc.bias.add_(1)
+    with pytest.raises(ValueError, match="'Single' was trained for another classifier"):
+        evaluate.same_classifier(load_explainer(phantom_single), network, "Single")
+
+
+def test_other_classes_are_refused(phantom_classifier: Path) -> None:
+    data = phantom()
+    data.class_names = ("clear", "dense")
+    with pytest.raises(ValueError, match=r"trained on classes .*'healthy', 'opacity'.*'clear'"):
+        evaluate.check_classes(load_network(phantom_classifier), data)
