@@ -26,7 +26,7 @@ check: ## Style, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile # one thread per worker: two cores are enough
 
 clean: ## Remove what the commands above made, data aside
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
