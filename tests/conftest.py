@@ -28,7 +28,7 @@ CLASSIFIER = """
   class_path: classifiers.Classifier
   init_args:
     network: {class_path: classifiers.Network, init_args: {backbone: resnet18}}
-    optimisation: {learning_rate: 1.0e-3, schedule: one_cycle}
+    optimisation: {learning_rate: 1.0e-3, schedule: constant}
     threshold: youden
 """
 SINGLE = """

@@ -174,7 +174,7 @@ def test_offline_wandb_run_read_back(phantom_single: Path) -> None:
         item.key: yaml.safe_load(item.value_json) for r in records for item in r.config.update
     }
     assert config["model"]["class_path"] == "explainers.Single"
-    assert config["model"]["init_args"]["weights"]["pair"] == 0.2  # a default, resolved
+    assert config["model"]["init_args"]["margin"] == 1.0  # a default, resolved
     assert config["data"]["init_args"]["loading"]["size"] == 32
     rows = [{i.nested_key[0]: i for i in r.history.item if i.nested_key} for r in records]
     logged = [

@@ -145,7 +145,7 @@ def test_packaged_lite0_against_a_renaming_by_hand() -> None:
     oracle = timm.create_model("tf_efficientnet_lite0")
     oracle.load_state_dict(state)
     image = torch.rand(2, 3, 64, 64)
-    assert_close(loaded.eval()(image), oracle.eval()(image))
+    assert_close(loaded.eval()(image), oracle.eval()(image), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
 
 
