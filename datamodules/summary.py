@@ -48,13 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(report(content_of_tables(given.tables, given.size)))
         return
     if given.config:
-        data = (yaml.safe_load(given.config.read_text()) or {}).get("data")
-        given = parser.parse_object({"data": data})
+        given = parser.parse_object({"data": data_section(given.config)})
     if not given.data:
         parser.error(
             "Name a data set: -c CONFIG with a key data, --data CLASS, or --tables FOLDER."
         )
     print(report(content_of_module(parser.instantiate(given).data)))
+
+
+def data_section(config: Path) -> object:
+    """The key ``data`` of a preset: given in place, or as a file's path relative to the preset."""
+    data = (yaml.safe_load(config.read_text()) or {}).get("data")
+    return yaml.safe_load((config.parent / data).read_text()) if isinstance(data, str) else data
 
 
 def content_of_module(data: ImageDataModule) -> Content:

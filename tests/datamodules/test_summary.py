@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -132,6 +133,11 @@ def test_config_and_command_line_print_the_same(
     main(["--data=Phantom", *[f"--data.{option}" for option in options]])
     assert capsys.readouterr().out == by_config
     assert by_config.splitlines()[2].split()[:4] == ["train", "4", "4", "50.0"]
+    content = yaml.safe_load(CONFIG)["data"]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "preset.yaml").write_text("data: data.yaml\n")  # relative to the preset
+    main(["-c", str(tmp_path / "preset.yaml")])
+    assert capsys.readouterr().out == by_config
 
 
 @pytest.mark.parametrize("text", ["", "model: {}"])
