@@ -63,7 +63,9 @@ def test_constant() -> None:
 
 
 @pytest.mark.parametrize(("decay", "kind"), [(0.0, Adam), (0.01, AdamW)])
-def test_weight_decay_is_decoupled_and_frozen_weights_left_out(decay: float, kind: type) -> None:
+def test_weight_decay_is_decoupled_and_frozen_weights_left_out(
+    decay: float, kind: type[Adam]
+) -> None:
     optimizer = configured(weight_decay=decay)["optimizer"]
     assert type(optimizer) is kind
     assert [len(p) for group in optimizer.param_groups for p in group["params"]] == [2]
