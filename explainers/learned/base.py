@@ -227,7 +227,8 @@ class LearnedExplainer(LightningModule, Explainer):
     def _evaluate(self, image: Tensor, stage: str) -> Generated:
         terms, generated = self.objective(image)
         logged = {f"{stage}/{name}": value for name, value in terms.items()}
-        self.log_dict(logged, batch_size=len(image), sync_dist=True)
+        size: Any = float(len(image))  # gloo rounds a mean of whole numbers down
+        self.log_dict(logged, batch_size=size, sync_dist=True)
         return generated
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
