@@ -114,7 +114,9 @@ def test_shipped_split_is_the_authors_own(tmp_path: Path) -> None:
     folder = data_root() / "rsna"
     if not (folder / "authors_split.json").is_file():
         pytest.skip(f"needs {folder}")
-    (tmp_path / "stage_2_train_labels.csv.gz").symlink_to(folder / "stage_2_train_labels.csv.gz")
+    (tmp_path / "stage_2_train_labels.csv.gz").symlink_to(
+        (folder / "stage_2_train_labels.csv.gz").resolve()
+    )
     pd.testing.assert_frame_equal(read_tables(tmp_path), read_tables(folder))
 
 
