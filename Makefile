@@ -1,6 +1,5 @@
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test check clean
 

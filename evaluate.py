@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from jsonargparse import auto_cli
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import seed_everything
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
@@ -223,7 +224,10 @@ def score(
             rows, cost = scoring.score_maps(entry, scored, variant, sigmas)
             scores += rows
             row = {"method": entry.name, "views": form, "control": entry.control, "sigma": sigma}
-            costs.append({**row, **cost.per_image()})
+            spent = cost.per_image()
+            costs.append({**row, **spent})
+            line = f"{entry.name}, {form}: sigma {sigma:g}, {spent['seconds']:.4f} s an image"
+            rank_zero_only(progress.console.print)(line)  # stays in a log, where no bar is drawn
             progress.advance(task)
     return scores, costs
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 import classifiers  # noqa: F401  short class names in configs
 import datamodules  # noqa: F401
@@ -36,6 +37,21 @@ class LoggedConfig(SaveConfigCallback):
         self.already_saved = True
 
 
+class Checkpoints(ModelCheckpoint):
+    """The best epoch's checkpoint, and last.ckpt after every epoch.
+
+    Lightning's own ``save_last`` writes last.ckpt only in epochs that are the best so far.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best, then the last."""
+        super().on_validation_end(trainer, pl_module)
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and not trainer.fast_dev_run:
+            self.last_model_path = f"{self.dirpath}/last.ckpt"
+            trainer.save_checkpoint(self.last_model_path)
+
+
 class TrainCLI(LightningCLI):
     """LightningCLI with a run folder, a best and a last checkpoint, and a logger by name."""
 
@@ -55,12 +71,11 @@ class TrainCLI(LightningCLI):
             default="wandb",
             help="wandb (offline without a key; metrics.csv too), csv, tensorboard or off.",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
                 "checkpoint.monitor": "val/loss",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
             }
         )

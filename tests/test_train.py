@@ -104,6 +104,18 @@ def test_resume_goes_on_and_keeps_earlier_metrics(
     assert resumed["global_step"] == first["global_step"] + 2
 
 
+def test_last_checkpoint_is_the_last_epochs_where_an_earlier_one_was_best(
+    train: Train, phantom_classifier: Path, tmp_path: Path
+) -> None:
+    train(
+        *("fit", "-c", phantom_classifier.parent / "config.yaml", "--out", tmp_path),
+        *("--checkpoint.monitor", "epoch", "--checkpoint.mode", "min"),
+        *("--trainer.limit_train_batches", "1"),
+    )
+    saved = [torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("best", "last")]
+    assert [checkpoint["epoch"] for checkpoint in saved] == [0, 1]
+
+
 def test_early_stopping(train: Train, phantom_classifier: Path, tmp_path: Path) -> None:
     train(
         *("fit", "-c", phantom_classifier.parent / "config.yaml", "--out", tmp_path),
