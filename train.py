@@ -47,7 +47,7 @@ class Checkpoints(ModelCheckpoint):
         """Save the best, then the last."""
         super().on_validation_end(trainer, pl_module)
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and not trainer.fast_dev_run:
+        if fitting and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.last_model_path = f"{self.dirpath}/last.ckpt"
             trainer.save_checkpoint(self.last_model_path)
 
