@@ -168,6 +168,7 @@ class EvenBatches(DistributedSampler[list[int]]):
 
 
 Item = tuple[Record, Sample]
+Packed = tuple[Tensor, Tensor | None]  # image of integers, mask
 
 
 class Images(Dataset[Item | list[Item]]):
@@ -183,7 +184,7 @@ class Images(Dataset[Item | list[Item]]):
         self,
         records: Sequence[Record],
         read: Callable[[Record], Sample],
-        kept: dict[str, Sample] | None = None,
+        kept: dict[str, Packed] | None = None,
     ) -> None:
         self.records, self.read, self.kept = records, read, kept
 
@@ -202,9 +203,9 @@ class Images(Dataset[Item | list[Item]]):
             return record, self.read(record)
         if record.id not in self.kept:
             sample = self.read(record)
-            self.kept[record.id] = Sample(pack(sample.image), sample.mask)
-        sample = self.kept[record.id]
-        return record, Sample(unpack(sample.image), sample.mask)
+            self.kept[record.id] = pack(sample.image), sample.mask
+        image, mask = self.kept[record.id]
+        return record, Sample(unpack(image), mask)
 
 
 def pack(image: Float[Tensor, "c h w"]) -> UInt8[Tensor, "c h w"] | UInt16[Tensor, "c h w"]:
@@ -328,7 +329,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.augment = augmentation.build() if augmentation else None
         self.seed, self.fold, self.folds = seed, fold, folds
         self.splits: dict[Split, list[Record]] = {}
-        self.kept: dict[str, Sample] | None = {} if self.loading.in_memory else None
+        self.kept: dict[str, Packed] | None = {} if self.loading.in_memory else None
 
     @abstractmethod
     def records(self) -> list[Record]:

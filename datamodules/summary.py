@@ -16,10 +16,8 @@ from skimage.measure import label, regionprops
 from torch import Tensor
 
 from datamodules.base import SPLITS, ImageDataModule
-from datamodules.images import boxes_to_mask
+from datamodules.images import Box, boxes_to_mask
 from datamodules.rsna import SIDE, RSNAPneumonia, read_tables
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)

@@ -80,14 +80,9 @@ class MeanMask(Explainer):
     Args:
         network: Only asked for the decision, which has no influence.
         mask: Share of the training masks that hold each pixel (h, w), from `mean_mask`.
-
-    Raises:
-        ValueError: If ``mask`` is not (h, w).
     """
 
     def __init__(self, network: Network, mask: Float[Tensor, "h w"]) -> None:
-        if mask.ndim != 2:
-            raise ValueError(f"mask must have shape (h, w), but got {tuple(mask.shape)}.")
         self.network, self.mask = network, mask
 
     def saliency(

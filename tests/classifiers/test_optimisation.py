@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import Adam, AdamW
 
@@ -14,7 +15,7 @@ from classifiers.optimisation import Optimisation
 def configured(steps: int = 100, **options: Any) -> dict[str, Any]:
     """Optimiser and schedule of two parameters, one of them frozen."""
     parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3), requires_grad=False)]
-    trainer: Any = SimpleNamespace(estimated_stepping_batches=steps)
+    trainer = Mock(Trainer, estimated_stepping_batches=steps)
     configuration: Any = Optimisation(**options).configure(parameters, trainer)
     return {"optimizer": configuration["optimizer"], **configuration["lr_scheduler"]}
 

@@ -177,7 +177,8 @@ def test_deeppcb_as_it_is() -> None:
     row = pd.read_csv(data_root() / table).iloc[0]
     sample = data.read(data.records()[0])
     assert sample.mask is not None
-    assert torch.equal(sample.mask, boxes_to_mask(json.loads(row["boxes"]), 320, 320, 320))
+    boxes = [tuple(box) for box in json.loads(row["boxes"])]
+    assert torch.equal(sample.mask, boxes_to_mask(boxes, 320, 320, 320))
     assert set(sample.image.flatten().tolist()) == {0.0, 1.0}  # 1-bit file at its own size
     assert data.read(data.records()[1]).mask is None
 

@@ -135,8 +135,6 @@ def test_mean_mask_without_annotation_is_an_error() -> None:
 def test_mean_mask_of_another_size_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"size \(4, 4\), but the images have \(24, 32\)"):
         maps_of(MeanMask(NETWORK, torch.zeros(4, 4)), images())
-    with pytest.raises(ValueError, match=r"shape \(h, w\), but got \(1, 4, 4\)"):
-        MeanMask(NETWORK, torch.zeros(1, 4, 4))
 
 
 def test_edges_by_hand() -> None:  # a step from 0 to 1: both columns beside it have slope 1/2
