@@ -1,4 +1,4 @@
-"""Judge explainers: ``python evaluate.py compare -c configs/busi/compare.yaml``."""
+"""Judge explainers: ``python evaluate.py compare --config configs/busi/compare.yaml``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Results:
 
     Attributes:
         scores: Per image, method and metric; see `statistics.checked_scores`.
-        images: Per image: id, group, label, decision, correct, p_<class>, table columns.
+        images: Per image: id, group, label, decision, correct, p(class) of each, table columns.
         costs: Per method and views: control, sigma, seconds per image, megabytes.
     """
 
@@ -120,17 +120,16 @@ def compare(
     others = {name: build(network) for name, build in (methods or {}).items()}
     entries = [scoring.Entry(name, one) for name, one in (learned | others).items()]
     entries += controls(network, data, seed)
+    groups = {record.id: record.group for record in data.splits[split]}
+    images = scoring.classified(network, data.loader(split), groups, fabric.device)
     scores, costs = score(entries, data, split, views, smoothing, fabric.device)
     for name, explainer in learned.items():
         scores += scoring.score_generated(
             name, explainer, network, data.loader(split), fabric.device
         )
-    images = scoring.classified(network, data.loader(split), fabric.device)
     if fabric.is_global_zero:
-        groups = {record.id: record.group for record in data.splits[split]}
         per_image = pd.DataFrame(scores)
         per_image.insert(1, "group", per_image["id"].map(groups))
-        images.insert(1, "group", images["id"].map(groups))
         results = Results(per_image, images, pd.DataFrame(costs))
         shown = results.write(Path(out))
         sources = {"Classifier": classifier, **(explainers or {})}

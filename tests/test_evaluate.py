@@ -15,11 +15,12 @@ from bs4 import BeautifulSoup
 from PIL import Image
 
 import evaluate
-from classifiers import load_network
+from classifiers import Network, load_network
 from datamodules import Phantom
 from datamodules.base import Loading
 from explainers import Views, load_explainer
 from explainers.attribution import GradCAM, Gradient
+from explainers.evaluation import compare as scoring
 from explainers.evaluation.metrics import localisation_scores
 from explainers.views import smooth
 
@@ -126,6 +127,41 @@ def test_long_table(results: Path) -> None:
     assert len(right) == 0 or (correct["n"] <= len(values)).all()
 
 
+def test_the_users_columns_do_not_replace_ours(phantom_classifier: Path) -> None:
+    """A table whose own label is finer than the classes, with a group column as BUSI's."""
+    network = load_network(phantom_classifier)
+    batch = next(iter(phantom().loader("test")))
+    one = {"label": "benign", "group": "g", "correct": "no", "p_id": "7"}
+    batch["columns"] = {name: [value] * len(batch["id"]) for name, value in one.items()}
+    groups = dict.fromkeys(batch["id"], "patient")
+    table = scoring.classified(network, [batch], groups, torch.device("cpu"))
+    assert set(table["label"]) <= {"healthy", "opacity"}
+    assert set(table["group"]) == {"patient"}
+    assert (table["correct"] == (table["label"] == table["decision"])).all()
+    for name, value in one.items():
+        assert set(table[name if name == "p_id" else f"table_{name}"]) == {value}
+
+
+def test_peak_memory_is_that_of_the_call() -> None:
+    """50 MB taken inside; what was freed before does not hide them."""
+    cost, image = scoring.Cost(), torch.zeros(2, 1)
+    for _ in range(2):
+        with scoring.measured(cost, image):
+            torch.ones(50 * 2**18).sum()
+    assert cost.images == 4
+    assert 45 < cost.megabytes < 100
+    small = scoring.Cost()
+    with scoring.measured(small, image):
+        torch.ones(2**18).sum()
+    assert small.megabytes < 10
+
+
+def test_smoothing_without_annotated_validation_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="none of its images has a mask"):
+        scoring.choose_smoothing(Gradient(Network("resnet18")), [], None, (0.0, 0.05))
+    assert scoring.choose_smoothing(Gradient(Network("resnet18")), [], None, (0.02,)) == 0.02
+
+
 def test_kept_and_flipped_per_decided_class(results: Path, phantom_single: Path) -> None:
     explainer = load_explainer(phantom_single)
     network, kept = explainer.network, []
@@ -137,6 +173,9 @@ def test_kept_and_flipped_per_decided_class(results: Path, phantom_single: Path)
     assert scores.query("metric == 'kept'")["value"].mean() == pytest.approx(np.mean(kept))
     per_class = scores[scores["metric"].isin(["kept_healthy", "kept_opacity"])]
     assert len(per_class) == len(kept)
+    table = pd.read_csv(results / "table.csv").query("method == 'Single'")
+    assert {"auc_similar", "auc_adversarial"} < set(table["metric"])
+    assert not table["metric"].str.startswith("p_").any()
 
 
 def test_page_stands_alone_and_shows_pictures(results: Path) -> None:

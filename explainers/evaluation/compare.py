@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import distributed as dist
 
 from classifiers.network import Network, decide, probabilities
 from explainers.base import Explainer
-from explainers.evaluation.metrics import image_similarity, localisation_scores
+from explainers.evaluation.metrics import flipped, image_similarity, kept, localisation_scores
 from explainers.views import Views, smooth
 
 Batch = Mapping[str, Any]
@@ -81,8 +82,13 @@ def choose_smoothing(
         explainer: Whose maps are smoothed.
         batches: Annotated validation images, never those of the test split.
         views: Of the maps.
-        candidates: Sigmas to choose from, shares of the image side.
+        candidates: Sigmas to choose from, shares of the image side; one needs no validation.
+
+    Raises:
+        ValueError: If there is more than one and no annotated image.
     """
+    if len(candidates) == 1:
+        return candidates[0]
     total = torch.zeros(len(candidates), dtype=torch.float64)
     for batch in batches:
         raw = explainer.explain(batch["image"], views=views)
@@ -90,6 +96,11 @@ def choose_smoothing(
             scores = localisation_scores(smooth(raw, sigma), batch["mask"])
             total[k] += scores["average_precision"].double().nansum().cpu()
     total = torch.stack(gathered([total])).sum(0)
+    if not total.any():
+        raise ValueError(
+            "smoothing is chosen on the validation split, but none of its images has a mask; "
+            "give a single sigma, --smoothing [0]."
+        )
     return candidates[int((total - total.max()).abs().le(1e-9).nonzero()[0])]
 
 
@@ -128,26 +139,31 @@ def long_form(ids: Sequence[str], scores: Mapping[str, Tensor], row: dict[str, s
     ]
 
 
-def classified(network: Network, batches: Iterable[Batch], device: torch.device) -> pd.DataFrame:
-    """One line per image: id, label, decision, correct, probability per class, table columns."""
+def classified(
+    network: Network, batches: Iterable[Batch], groups: Mapping[str, str], device: torch.device
+) -> pd.DataFrame:
+    """One line per image: id, group, label, decision, correct, p(class) of each, table columns.
+
+    A column of the user's table that has one of these names gets "table_" before it.
+    """
     rows: Rows = []
-    columns = [f"p_{name}" for name in network.class_names]
+    columns = [f"p({name})" for name in network.class_names]
     for batch in batches:
         with torch.inference_mode():
             logits = network(batch["image"].to(device)).cpu()
         decision, probability = decide(logits, network.threshold), probabilities(logits)
         for k, name in enumerate(batch["id"]):
             label = int(batch["label"][k])
-            rows.append(
-                {
-                    "id": name,
-                    "label": network.class_names[label],
-                    "decision": network.class_names[int(decision[k])],
-                    "correct": int(decision[k]) == label,
-                    **dict(zip(columns, probability[k].tolist(), strict=True)),
-                    **{column: values[k] for column, values in batch["columns"].items()},
-                }
-            )
+            row = {
+                "id": name,
+                "group": groups[name],
+                "label": network.class_names[label],
+                "decision": network.class_names[int(decision[k])],
+                "correct": int(decision[k]) == label,
+                **dict(zip(columns, probability[k].tolist(), strict=True)),
+            }
+            table = {column: values[k] for column, values in batch["columns"].items()}
+            rows.append(row | {f"table_{c}" if c in row else c: table[c] for c in table})
     every: Any = gathered(rows)  # pandas' stubs take no list of dict[str, object]
     return pd.DataFrame(every).sort_values("id", ignore_index=True)
 
@@ -155,25 +171,31 @@ def classified(network: Network, batches: Iterable[Batch], device: torch.device)
 def score_generated(
     name: str, generate: Generator, network: Network, batches: Iterable[Batch], device: torch.device
 ) -> Rows:
-    """Kept, flipped, SSIM and PSNR of every image of a similar-adversarial explainer.
+    """Kept, flipped, p(class), SSIM and PSNR of every image of a similar-adversarial explainer.
 
     "kept" and "flipped" are 0 or 1 per image; with the decided class behind an underscore they
-    cover the images of that class alone. Infinite PSNR (identical images) is NaN.
+    cover the images of that class alone. "p_similar(class)" and "p_adversarial(class)" are what
+    the classifier says of the generated images. Infinite PSNR (identical images) is NaN.
     """
     rows: Rows = []
     for batch in batches:
         image = batch["image"].to(device)
         with torch.inference_mode():
             similar, adversarial = generate(image)
-            decided, kept, flipped = (
-                decide(network(x), network.threshold) for x in (image, similar, adversarial)
-            )
+            logits = [network(x) for x in (image, similar, adversarial)]
+            decided, *others = (decide(z, network.threshold) for z in logits)
             pairs = ((image, similar), (image, adversarial), (similar, adversarial))
             similarity = [image_similarity(*pair) for pair in pairs]
-        scores = {"kept": (kept == decided).double(), "flipped": (flipped != decided).double()}
+        scores = {
+            "kept": kept(decided, others[0]).double(),
+            "flipped": flipped(decided, others[1]).double(),
+        }
+        of_similar, of_adversarial = map(probabilities, logits[1:])
         for k, class_name in enumerate(network.class_names):
             for metric in ("kept", "flipped"):
                 scores[f"{metric}_{class_name}"] = scores[metric].where(decided == k, torch.nan)
+            scores[f"p_similar({class_name})"] = of_similar[:, k]
+            scores[f"p_adversarial({class_name})"] = of_adversarial[:, k]
         for pair, (ssim, psnr) in zip(PAIRS, similarity, strict=True):
             scores |= {f"ssim_{pair}": ssim, f"psnr_{pair}": psnr.where(psnr.isfinite(), torch.nan)}
         row = {"method": name, "views": "plain", "smoothing": "raw"}
@@ -201,7 +223,8 @@ def measured(cost: Cost, image: Tensor) -> Iterator[None]:
         torch.cuda.synchronize(image.device)
     cost.seconds += time.perf_counter() - start
     cost.images += len(image)
-    cost.megabytes = max(cost.megabytes, (_peak(image.device) - before) / 2**20)
+    megabytes = (_peak(image.device) - before) / 2**20
+    cost.megabytes = megabytes if megabytes != megabytes else max(cost.megabytes, megabytes)
 
 
 def _peak(device: torch.device, *, reset: bool = False) -> float:
@@ -213,7 +236,8 @@ def _peak(device: torch.device, *, reset: bool = False) -> float:
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
-    if reset:
+    if reset:  # freed memory goes back first: what is taken again would not count
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return 1024.0 * int(line.split()[1])

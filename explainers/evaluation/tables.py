@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from explainers.evaluation.metrics.localisation import PERCENTILES, score_names
 from explainers.evaluation.statistics import (
     ROW,
     Interval,
@@ -21,6 +23,7 @@ HEADS = {
     "iou_95": "IoU at 95",
     "total_auc": "total AUC",
     "partial_auc": "partial AUC",
+    "average_precision_correct": "AP, correctly classified",
 }
 
 
@@ -29,28 +32,61 @@ def long_table(scores: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         scores: Per image; see `statistics.checked_scores`.
-        images: Per image: id, group, label, correct, p_<class>; column seed where scores have it.
+        images: Per image: id, group, label, decision, correct, p(class) of each; column seed
+            where scores have it.
 
     Returns:
         Columns method, views, smoothing, metric, mean, low, high, n; the method "Classifier" has
         its accuracy and the AUC of each class.
     """
+    probability = scores["metric"].str.match(r"p_\w+\(")
+    generated = decision_rows(scores[probability], images)
+    scores = scores[~probability]
     key = [column for column in ("id", "seed") if column in images and column in scores]
     correct = scores.merge(images.loc[images["correct"], key], on=key)
-    correct = correct[correct["metric"].isin([*HEADS, "iou_80", "iou_85", "iou_90", "iou_98"])]
+    correct = correct[correct["metric"].isin(score_names(PERCENTILES))]
     correct = correct.assign(metric=correct["metric"] + "_correct")
     parts = [summarise(part) for part in (scores, correct) if len(part)]
-    return pd.concat([*parts, classifier_rows(images)], ignore_index=True)
+    return pd.concat([*parts, generated, classifier_rows(images)], ignore_index=True)
+
+
+def decision_rows(probabilities: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
+    """ROC AUC of f(x_s), and of 1 - f(x_a), against the decisions on x (Table IV).
+
+    Args:
+        probabilities: Scores per image whose metrics are p_similar(class), p_adversarial(class).
+        images: Of `long_table`.
+    """
+    key = [column for column in ("id", "seed") if column in images and column in probabilities]
+    decided = images[[*key, "group", "decision"]].rename(columns={"decision": "label"})
+    lines = []
+    for name in scored_classes(images):
+        for kind in ("similar", "adversarial"):
+            chosen = probabilities[probabilities["metric"] == f"p_{kind}({name})"]
+            for method, part in chosen.groupby("method", sort=False):
+                part = part.rename(columns={"value": f"p({name})"}).drop(columns="group")
+                auc = auc_interval(part.merge(decided, on=key), name)
+                if kind == "adversarial":
+                    auc = Interval(1 - auc.mean, 1 - auc.high, 1 - auc.low, auc.n)
+                metric = f"auc_{kind}" + (f"_{name}" if len(scored_classes(images)) > 1 else "")
+                lines.append((method, "plain", "raw", metric, *auc))
+    return pd.DataFrame(lines, columns=[*ROW, "metric", *Interval._fields])
+
+
+def scored_classes(images: pd.DataFrame) -> list[str]:
+    """Classes whose ROC AUC is told: each against the rest, the last one alone of two."""
+    names = [str(c)[2:-1] for c in images.columns if re.fullmatch(r"p\(.*\)", str(c))]
+    return names[1:] if len(names) == 2 else names
 
 
 def classifier_rows(images: pd.DataFrame) -> pd.DataFrame:
     """Accuracy, and the AUC of each class (the last one alone of two), with intervals."""
-    names = [str(c).removeprefix("p_") for c in images.columns if str(c).startswith("p_")]
+    names = scored_classes(images)
     rows: dict[str, Interval] = {}
     accuracy = images.groupby("id", sort=False)["correct"].mean()
     rows["accuracy"] = bootstrap_interval(accuracy, groups_of(images, accuracy.index))
-    for name in names[1:] if len(names) == 2 else names:
-        rows["auc" if len(names) == 2 else f"auc_{name}"] = auc_interval(images, name)
+    for name in names:
+        rows["auc" if len(names) == 1 else f"auc_{name}"] = auc_interval(images, name)
     lines = [("Classifier", "plain", "raw", metric, *value) for metric, value in rows.items()]
     return pd.DataFrame(lines, columns=[*ROW, "metric", *Interval._fields])
 
@@ -67,7 +103,7 @@ def auc_interval(images: pd.DataFrame, name: str, samples: int = 2000, seed: int
     several seeds the mean of their AUCs.
     """
     trained = images if "seed" in images else images.assign(seed=0)
-    wide = trained.pivot(index="id", columns="seed", values=f"p_{name}")
+    wide = trained.pivot(index="id", columns="seed", values=f"p({name})")
     first = images.drop_duplicates("id").set_index("id").loc[wide.index]
     positive = (first["label"] == name).to_numpy()
     if positive.all() or not positive.any():
@@ -109,6 +145,8 @@ def wide_table(table: pd.DataFrame, scores: pd.DataFrame, costs: pd.DataFrame) -
     cells = pd.Series([interval_text(line) for line in localised.itertuples()], localised.index)
     cells.index = pd.MultiIndex.from_frame(localised[[*ROW, "metric"]])
     wide = cells.unstack("metric", sort=False).reindex(columns=list(HEADS)).rename(columns=HEADS)
+    counted = localised[localised["metric"] == "average_precision"]
+    wide["images"] = counted.set_index(ROW)["n"]
     reference = best_control(scores, costs.loc[costs["control"], "method"].unique().tolist())
     if reference is not None:
         paired = compare_to(scores, "average_precision", reference)
@@ -126,8 +164,10 @@ def wide_table(table: pd.DataFrame, scores: pd.DataFrame, costs: pd.DataFrame) -
 
 
 def generated_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Share kept and flipped, overall and per decided class, SSIM and PSNR of the three pairs."""
-    chosen = table[table["metric"].str.match("kept|flipped|ssim|psnr")]
+    """Share kept and flipped, overall and per decided class, their AUC, SSIM and PSNR of pairs."""
+    chosen = table[
+        table["metric"].str.match("kept|flipped|auc_|ssim|psnr") & (table["method"] != "Classifier")
+    ]
     cells = pd.Series([interval_text(line) for line in chosen.itertuples()], dtype=str)
     cells.index = pd.MultiIndex.from_frame(chosen[["metric", "method"]])
     return cells.unstack("method", sort=False).reset_index()

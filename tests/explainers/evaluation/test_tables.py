@@ -10,6 +10,7 @@ from explainers.evaluation.tables import (
     auc_interval,
     best_control,
     classifier_rows,
+    generated_table,
     long_table,
     markdown,
     wide_table,
@@ -25,9 +26,10 @@ def images(n: int = 40, seed: int = 0) -> pd.DataFrame:
             "id": [f"{k}" for k in range(n)],
             "group": "",
             "label": label,
+            "decision": np.where(probability > 0.5, "ill", "well"),
             "correct": (probability > 0.5) == (label == "ill"),
-            "p_well": 1 - probability,
-            "p_ill": probability,
+            "p(well)": 1 - probability,
+            "p(ill)": probability,
         }
     )
 
@@ -50,7 +52,7 @@ def costs() -> pd.DataFrame:
 def test_auc_is_that_of_scikit_learn() -> None:
     table = images()
     interval = auc_interval(table, "ill")
-    assert interval.mean == pytest.approx(roc_auc_score(table["label"] == "ill", table["p_ill"]))
+    assert interval.mean == pytest.approx(roc_auc_score(table["label"] == "ill", table["p(ill)"]))
     assert interval.low < interval.mean < interval.high
     assert interval.n == 40
 
@@ -60,7 +62,7 @@ def test_auc_interval_against_plain_resampling() -> None:
     rng, values = np.random.default_rng(1), []
     for _ in range(500):
         part = table.iloc[rng.integers(60, size=60)]
-        values.append(roc_auc_score(part["label"] == "ill", part["p_ill"]))
+        values.append(roc_auc_score(part["label"] == "ill", part["p(ill)"]))
     low, high = np.quantile(values, [0.025, 0.975])
     interval = auc_interval(table, "ill")
     assert interval.low == pytest.approx(low, abs=0.03)
@@ -79,7 +81,7 @@ def test_auc_draws_whole_groups() -> None:
 
 def test_auc_of_seeds_is_their_mean() -> None:
     first, second = images(), images()
-    second["p_ill"] = 1 - second["p_ill"]
+    second["p(ill)"] = 1 - second["p(ill)"]
     both = pd.concat([first.assign(seed=0), second.assign(seed=1)])
     assert auc_interval(both, "ill").mean == pytest.approx(0.5)
 
@@ -102,6 +104,27 @@ def test_correct_rows_leave_out_the_wrong_images() -> None:
     assert long.loc[("Good", "average_precision_correct"), "n"] == table["correct"].sum()
 
 
+def test_auc_of_generated_images_is_against_the_decisions() -> None:
+    table = images()
+    said = pd.concat(
+        scores(table).query("method == 'Good'").assign(metric=f"p_{kind}({name})", value=values)
+        for kind, score in (("similar", table["p(ill)"] ** 2), ("adversarial", table["p(well)"]))
+        for name, values in (("ill", score), ("well", 1 - score))
+    )
+    long = long_table(pd.concat([scores(table), said]), table).set_index(["method", "metric"])
+    similar, adversarial = (long.loc[("Good", name)] for name in ("auc_similar", "auc_adversarial"))
+    truth = table["decision"] == "ill"
+    assert similar["mean"] == pytest.approx(roc_auc_score(truth, table["p(ill)"]))
+    assert adversarial["mean"] == pytest.approx(roc_auc_score(truth, 1 - table["p(well)"]))
+    assert adversarial["low"] <= adversarial["mean"] <= adversarial["high"]
+    assert set(generated_table(long.reset_index())["metric"]) == {"auc_similar", "auc_adversarial"}
+
+
+def test_a_column_that_begins_with_p_is_no_class() -> None:
+    table = images().assign(p_id="7", patient="x")
+    assert list(classifier_rows(table)["metric"]) == ["accuracy", "auc"]
+
+
 def test_wide_table_holds_difference_to_the_best_control() -> None:
     table = images()
     values = scores(table)
@@ -110,6 +133,8 @@ def test_wide_table_holds_difference_to_the_best_control() -> None:
     column = "AP minus best control (Centred Gaussian, plain, raw)"
     assert wide.loc["Good", column] == "+0.500 [+0.500, +0.500]"
     assert wide.loc["Centred Gaussian", column] == ""
+    assert wide.loc["Good", "images"] == len(table)
+    assert wide.loc["Good", "AP, correctly classified"].startswith("0.80")
     assert wide.loc["Good", "s / image"] == "0.5000"
     assert wide.loc["Good", "sigma"] == "0"  # the raw row is not smoothed
 
