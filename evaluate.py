@@ -79,7 +79,7 @@ def compare(
     explainers: dict[str, str] | None = None,
     methods: dict[str, Method] | None = None,
     views: Views | None = None,
-    smoothing: tuple[float, ...] = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07),
+    smoothing: tuple[float, ...] = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1),
     split: Literal["val", "test"] = "test",
     out: str = "runs/compare",
     pictured: int = 8,
