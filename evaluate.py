@@ -271,9 +271,8 @@ def pictured_images(
 
 def progress_bar() -> Progress:
     """Bar with the current row, how many are done and the time left."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeRemainingColumn(), disable=getattr(rank_zero_only, "rank", 0) > 0)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class LoggedConfig(SaveConfigCallback):
 
 
 class Checkpoints(ModelCheckpoint):
-    """The best epoch's checkpoint, and last.ckpt after every epoch.
+    """The best epoch's checkpoint, and last.ckpt after every validation of a training.
 
     Lightning's own ``save_last`` writes last.ckpt only in epochs that are the best so far.
     """
@@ -61,8 +61,12 @@ class TrainCLI(LightningCLI):
             "--out",
             type=str,
             default="runs/train",
-            help="Folder of checkpoints, config and logs; other commands than fit log to a "
-            "folder of their name in it.",
+            help="Folder of checkpoints, config and logs, also where checkpoint.dirpath or "
+            "trainer.default_root_dir name another; other commands than fit log to a folder of "
+            "their name in it.",
+        )
+        parser.add_argument(
+            "--devices", type=int | None, help="GPUs or processes: short for --trainer.devices."
         )
         parser.add_argument(
             "--logging",
@@ -85,6 +89,8 @@ class TrainCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.trainer.enable_progress_bar is False:  # Lightning refuses a bar then
             self.trainer_defaults.pop("callbacks")
+        if config.devices is not None:
+            config.trainer.devices = config.devices
         config.checkpoint.dirpath = config.out
         fit = self.subcommand == "fit"
         config.trainer.default_root_dir = config.out if fit else f"{config.out}/{self.subcommand}"

@@ -61,6 +61,7 @@ class Classifier(LightningModule):
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
         self.scores, self.labels = CatMetric(), CatMetric()  # of one validation, for the threshold
+        self.seen: list[tuple[Tensor, Tensor]] = []  # the same, for the metrics at the threshold
         self.data_class_names: list[str] = []
 
     def setup(self, stage: str) -> None:
@@ -115,10 +116,12 @@ class Classifier(LightningModule):
         # A float: Lightning's mean over processes rounds a whole number of images down.
         size: Any = float(len(label))
         self.log(name, loss, batch_size=size, sync_dist=True, prog_bar=name == "val/loss")
-        update(metrics, logits, label, self.network.threshold)
         if self.threshold_rule == "youden" and name == "val/loss":
             self.scores.update(logits[:, 0].sigmoid())
             self.labels.update(label)
+            self.seen.append((logits, label))
+        else:
+            update(metrics, logits, label, self.network.threshold)
 
     def on_validation_epoch_end(self) -> None:
         """Move the operating point if asked to, then log the metrics of the epoch."""
@@ -128,6 +131,9 @@ class Classifier(LightningModule):
             self.log("val/threshold", best)
             self.scores.reset()
             self.labels.reset()
+            for logits, label in self.seen:
+                update(self.val_metrics, logits, label, best)
+            self.seen.clear()
         self._log_metrics(self.val_metrics)
 
     def on_test_epoch_end(self) -> None:

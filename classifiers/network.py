@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
@@ -175,7 +176,7 @@ def _torchvision(name: str, num_logits: int, weights: str | None) -> nn.Module:
     if weights == "imagenet":  # through torchvision's own model, which renames old keys
         _load(model, _downloaded(partial(models.get_model, name, weights="DEFAULT")), name)
     elif weights:
-        _load(model, read_state_dict(weights), weights)
+        _load_file(model, weights)
     return model
 
 
@@ -189,7 +190,7 @@ def _timm(name: str, num_logits: int, weights: str | None) -> nn.Module:
     elif weights == "imagenet":
         _load(model, _downloaded(partial(timm.create_model, name, pretrained=True)), name)
     elif weights:
-        _load(model, read_state_dict(weights), weights)
+        _load_file(model, weights)
     return model
 
 
@@ -236,7 +237,7 @@ def _own(path: str, num_logits: int, weights: str | None) -> nn.Module:
     if not isinstance(built, nn.Module):
         raise ValueError(f"backbone {path!r} must be a torch.nn.Module, but is {type(built)}.")
     if weights:
-        _load(built, read_state_dict(weights), weights)
+        _load_file(built, weights)
     return built
 
 
@@ -256,8 +257,18 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load weights; only the last layer may have another size or be missing."""
+def _load_file(model: nn.Module, path: str) -> None:
+    drawn = _load(model, read_state_dict(path), path)
+    if drawn:
+        warnings.warn(
+            f"weights {path!r} do not hold {drawn} in this shape: the last layer is as drawn at "
+            "random and has to be trained before its decisions are explained.",
+            stacklevel=2,
+        )
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
+    """Load weights; only the last layer may have another size or be missing, and is named then."""
     own = model.state_dict()
     head = {key for key in own if key.startswith(f"{list(own)[-1].rpartition('.')[0]}.")}
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
@@ -270,6 +281,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
             f"({tuple(own[misfits[0]].shape)} needed); give the weights of this backbone."
         )
     model.load_state_dict({k: v for k, v in state.items() if k in own and k not in wrong}, False)
+    return [k for k in wrong if k in head]
 
 
 def load_network(checkpoint: str | Path) -> Network:

@@ -339,11 +339,6 @@ class ImageDataModule(LightningDataModule, ABC):
     def read(self, record: Record) -> Sample:
         """Read one image and its evidence at ``loading.size`` with ``loading.channels``."""
 
-    @property
-    def num_classes(self) -> int:
-        """Number of labels."""
-        return len(self.class_names)
-
     def setup(self, stage: str | None = None) -> None:
         """List the records of every split, once, whatever the stage.
 

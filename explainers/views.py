@@ -32,7 +32,8 @@ class Views:
         work_batch: Most images that go through the explainer at once.
 
     Raises:
-        ValueError: If a count is too small, or a zoom or shift leaves nothing of the image.
+        ValueError: If a count is too small, a zoom or shift leaves nothing of the image, or a
+            probability is none.
     """
 
     count: int = 10
@@ -55,6 +56,12 @@ class Views:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} of the views must be in [0, 1), but got {getattr(self, name)}."
+                )
+        for name in ("horizontal_flip", "vertical_flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} of the views is a probability in [0, 1], but got "
+                    f"{getattr(self, name)}."
                 )
 
     def matrices(self, height: int, width: int) -> Float[Tensor, "k 2 3"]:

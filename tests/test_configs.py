@@ -79,6 +79,21 @@ def test_five_comment_lines(preset: Path) -> None:
     assert lines[4].startswith("# Known differences: ")
 
 
+@pytest.mark.parametrize(("folder", "module"), [("busi", "BUSI"), ("deeppcb", "DeepPCB")])
+def test_the_public_download_stands_in_for_the_table(
+    folder: str, module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--data` after a preset: the other module, images loaded alike."""
+    files = [str(CONFIGS / folder / name) for name in ("classifier.yaml", "data_download.yaml")]
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", files[0], "--data", files[1], "--print_config"])
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["class_path"] == f"datamodules.{module}"
+    expected = yaml.safe_load((CONFIGS / folder / "data.yaml").read_text())["init_args"]
+    for part in ("loading", "augmentation"):
+        assert expected[part].items() <= data["init_args"][part].items()
+
+
 def test_every_row_of_table_1_in_both_readings() -> None:
     """Table I by hand: the columns read as l_s l_a l_sa c_s c_a w t, and c_s, l_sa exchanged."""
     table = {

@@ -13,7 +13,7 @@ import torch
 import train
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text().replace("configs/mine", "configs/busi")  # its copy
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line.split("#")[0].strip()

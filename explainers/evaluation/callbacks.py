@@ -28,7 +28,7 @@ class StageCallback(Callback):
     The sanity check before training is left out.
 
     Args:
-        every_n_epochs: Training epochs between two computations; the last epoch counts too.
+        every_n_epochs: Training epochs between two computations; the last of max_epochs counts too.
 
     Raises:
         ValueError: If ``every_n_epochs`` is below 1.

@@ -156,6 +156,10 @@ def test_youden_moves_the_operating_point_on_validation(tmp_path: Path) -> None:
     probability, label = (torch.cat(part) for part in zip(*batches, strict=True))
     assert network.threshold == pytest.approx(youden_threshold(probability, label))
     assert float(runner.callback_metrics["val/threshold"]) == pytest.approx(network.threshold)
+    right = (probability >= network.threshold) == label.bool()
+    assert float(runner.callback_metrics["val/accuracy"]) == pytest.approx(
+        float(right.float().mean())
+    )
     with pytest.raises(ValueError, match="'youden' is for one-logit networks"):
         Classifier(Network("test_resnet", num_logits=3), threshold="youden")
 

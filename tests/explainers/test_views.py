@@ -260,6 +260,7 @@ def test_no_views_is_the_plain_map(views: Views | None) -> None:
         ({"work_batch": 0}, "got 10 and 0"),
         ({"zoom": 1.0}, "zoom of the views must be in .*, but got 1.0"),
         ({"translation": -0.1}, "translation of the views must be in .*, but got -0.1"),
+        ({"vertical_flip": 7}, r"vertical_flip of the views is a probability .*, but got 7"),
     ],
 )
 def test_wrong_views_are_named(values: dict[str, float], message: str) -> None:
