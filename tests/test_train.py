@@ -220,12 +220,9 @@ def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None
     assert wandb_mode() is None
 
 
-def two_processes(config: Path, command: str, checkpoint: Path, out: Path) -> None:
+def two_processes(config: Path, command: str, out: Path, *more: object) -> None:
     """Run a command of train.py on two CPU processes."""
-    arguments = [
-        *(command, "-c", config, "--ckpt_path", checkpoint, "--out", out, "--logging", "csv"),
-        *("--trainer.devices", "2", "--trainer.strategy", "ddp"),
-    ]
+    arguments = [command, "-c", config, "--out", out, "--logging", "csv", "--devices", 2, *more]
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", *map(str, arguments)],
         cwd=ROOT,
@@ -246,7 +243,7 @@ def test_two_processes_give_the_scores_of_one(
 ) -> None:
     checkpoint: Path = request.getfixturevalue(fixture)
     config = checkpoint.parent / "config.yaml"
-    two_processes(config, command, checkpoint, tmp_path / "two")
+    two_processes(config, command, tmp_path / "two", "--ckpt_path", checkpoint)
     one = ("--ckpt_path", checkpoint, "--out", tmp_path / "one", "--logging", "csv")
     train(command, "-c", config, *one)
     of_one, of_two = (pd.read_csv(tmp_path / n / command / "metrics.csv") for n in ("one", "two"))
@@ -257,6 +254,13 @@ def test_two_processes_give_the_scores_of_one(
     if command == "test":  # 13 images, the odd ones annotated
         assert of_two["test/views_raw/count"].tolist() == [6]
     assert metrics(checkpoint.parent)["epoch"].tolist() == [0, 1]  # those of the fit are kept
+
+
+def test_two_processes_share_the_training_images(phantom_single: Path, tmp_path: Path) -> None:
+    two_processes(phantom_single.parent / "config.yaml", "fit", tmp_path, "--trainer.max_epochs", 1)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 96 // (4 * 2)  # images, batch size, processes
+    assert metrics(tmp_path)["val/loss"].notna().all()
 
 
 def sampled_command(sweep: dict[str, Any], rng: random.Random) -> list[str]:
