@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,60 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader
 
 from classifiers import Network, load_network
+from classifiers.network import check_classes
 from datamodules.base import ImageDataModule, collate
 from explainers import attribution
 from explainers.base import Explainer
 from explainers.evaluation import compare as scoring
-from explainers.evaluation import pictures, report, statistics, tables
+from explainers.evaluation import pictures, report
+from explainers.evaluation.results import Results
 from explainers.learned import LearnedExplainer, load_explainer
 from explainers.views import Views
 
 Method = Callable[[Network], Explainer]
-
-
-@dataclass
-class Results:
-    """What a comparison leaves: tables from which everything else is made.
-
-    Attributes:
-        scores: Per image, method and metric; see `statistics.checked_scores`.
-        images: Per image: id, group, label, decision, correct, p(class) of each, table columns.
-        costs: Per method and views: control, sigma, seconds per image, megabytes.
-    """
-
-    scores: pd.DataFrame
-    images: pd.DataFrame
-    costs: pd.DataFrame
-
-    def write(self, out: Path) -> dict[str, pd.DataFrame]:
-        """Write the three as CSV, table.csv (long form) and table.md; gives the tables shown."""
-        out.mkdir(parents=True, exist_ok=True)
-        statistics.write_scores(self.scores, out / "scores.csv")
-        self.images.to_csv(out / "images.csv", index=False)
-        self.costs.to_csv(out / "costs.csv", index=False)
-        long = tables.long_table(self.scores, self.images)
-        long.to_csv(out / "table.csv", index=False)
-        shown = {"Localisation": tables.wide_table(long, self.scores, self.costs)}
-        if (self.scores["metric"] == "kept").any():
-            shown["Generated images"] = tables.generated_table(long)
-        shown["Classifier"] = tables.classifier_table(long)
-        text = [f"## {name}\n\n{tables.markdown(table)}" for name, table in shown.items()]
-        (out / "table.md").write_text("\n".join(text))
-        return shown
-
-    @classmethod
-    def read(cls, out: Path) -> Results:
-        """Read what `write` wrote.
-
-        Raises:
-            ValueError: If the folder holds no comparison.
-        """
-        if not (out / "scores.csv").exists():
-            raise ValueError(f"{str(out)!r} holds no scores.csv; give the out folder of compare.")
-        text = {"id": str, "group": str}
-        images = pd.read_csv(out / "images.csv", dtype=text, keep_default_na=False)
-        costs = pd.read_csv(out / "costs.csv")
-        return cls(statistics.read_scores(out / "scores.csv"), images, costs)
 
 
 def compare(
@@ -112,7 +68,7 @@ def compare(
         data.prepare_data()
     data.setup("test")
     network = load_network(classifier).to(fabric.device)
-    check_classes(network, data)
+    check_classes(network.class_names, data.class_names)
     learned = {
         name: same_classifier(load_explainer(path).to(fabric.device), network, name)
         for name, path in (explainers or {}).items()
@@ -162,15 +118,6 @@ def pool(folders: list[str], out: str) -> None:
         for kind in zip(*((p.scores, p.images, p.costs) for p in parts), strict=True)
     )
     Results(scores, images, costs).write(Path(out))
-
-
-def check_classes(network: Network, data: ImageDataModule) -> None:
-    """Raise ValueError where classifier and data name other classes."""
-    if list(data.class_names) != network.class_names:
-        raise ValueError(
-            f"the classifier was trained on classes {network.class_names}, but the data has "
-            f"{list(data.class_names)}; give the data module that the classifier was trained with."
-        )
 
 
 def same_classifier(explainer: LearnedExplainer, network: Network, name: str) -> LearnedExplainer:

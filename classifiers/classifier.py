@@ -19,7 +19,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.functional.classification import binary_roc
 
-from classifiers.network import Network, decide, probabilities
+from classifiers.network import Network, check_classes, decide, probabilities
 from classifiers.optimisation import Optimisation
 
 
@@ -77,7 +77,7 @@ class Classifier(LightningModule):
                 f"{1 if len(names) == 2 else len(names)}."
             )
         if self.network.class_names != [str(k) for k in range(len(names))]:
-            compare_names(self.network.class_names, names)
+            check_classes(self.network.class_names, names)
         self.network.class_names = self.network.recipe["class_names"] = names
         self.data_class_names = names
         if self.class_weighting == "balanced" and stage == "fit":
@@ -157,18 +157,9 @@ class Classifier(LightningModule):
         """Take over the operating point and class names of the checkpoint."""
         names = checkpoint["network"]["class_names"]
         if self.data_class_names:
-            compare_names(names, self.data_class_names)
+            check_classes(names, self.data_class_names)
         self.network.set_threshold(checkpoint["network"]["threshold"])
         self.network.class_names = self.network.recipe["class_names"] = names
-
-
-def compare_names(network: list[str], data: list[str]) -> None:
-    """Raise ValueError where the network and the data name other classes, or in another order."""
-    if network != data:
-        raise ValueError(
-            f"the network decides between classes {network}, but the data has {data}; give the "
-            "same names in the same order."
-        )
 
 
 def classification_metrics(classes: int) -> MetricCollection:

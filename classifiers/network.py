@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float, Int64
@@ -284,17 +284,36 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
     return [k for k in wrong if k in head]
 
 
+def check_classes(network: Sequence[str], data: Sequence[str]) -> None:
+    """Raise ValueError where a network and the data name other classes, or in another order."""
+    if list(network) != list(data):
+        raise ValueError(
+            f"the classifier was trained on classes {list(network)}, but the data has "
+            f"{list(data)}; give the data module that the classifier was trained with, or the same "
+            "names in the same order."
+        )
+
+
 def load_network(checkpoint: str | Path) -> Network:
     """Rebuild the frozen classifier held by a checkpoint of a classifier or of an explainer.
 
     Raises:
         ValueError: If the file cannot be read or holds no network.
     """
+    return network_from(read_checkpoint(checkpoint), str(checkpoint))
+
+
+def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """Content of a checkpoint, read without executing anything in it.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be read: {error}") from error
-    return network_from(content if isinstance(content, Mapping) else {}, str(checkpoint))
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+    return content if isinstance(content, Mapping) else {}
 
 
 def network_from(content: Mapping[str, object], source: str) -> Network:

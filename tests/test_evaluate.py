@@ -22,6 +22,7 @@ from explainers import Views, load_explainer
 from explainers.attribution import GradCAM, Gradient
 from explainers.evaluation import compare as scoring
 from explainers.evaluation.metrics import localisation_scores
+from explainers.evaluation.results import Results
 from explainers.views import smooth
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def results(
 
 
 def test_every_row_and_no_image_twice(results: Path) -> None:
-    scores = evaluate.Results.read(results).scores
+    scores = Results.read(results).scores
     data = phantom()
     batches = list(data.loader("test"))
     annotated = [
@@ -75,7 +76,7 @@ def test_every_row_and_no_image_twice(results: Path) -> None:
 
 def test_scores_are_those_of_the_explainer(results: Path, phantom_single: Path) -> None:
     """Average precision of the smoothed average over views, worked out image by image."""
-    tables = evaluate.Results.read(results)
+    tables = Results.read(results)
     cost = tables.costs.set_index(["method", "views"]).loc[("Single", "views")]
     explainer = load_explainer(phantom_single)
     expected = {}
@@ -102,13 +103,13 @@ def test_smoothing_is_chosen_on_validation(results: Path, phantom_classifier: Pa
             for sigma in totals:
                 score = localisation_scores(smooth(maps, sigma), batch["mask"][chosen])
                 totals[sigma] += float(score["average_precision"].sum())
-    costs = evaluate.Results.read(results).costs.set_index(["method", "views"])
+    costs = Results.read(results).costs.set_index(["method", "views"])
     assert costs.loc[("Gradient", "plain"), "sigma"] == max(totals, key=lambda sigma: totals[sigma])
 
 
 def test_long_table(results: Path) -> None:
     table = pd.read_csv(results / "table.csv")
-    tables = evaluate.Results.read(results)
+    tables = Results.read(results)
     assert list(table)[:2] == ["method", "views"]
     assert {"metric", "mean", "low", "high", "n"} < set(table)
     row = table.query(
@@ -131,7 +132,7 @@ def test_the_users_columns_do_not_replace_ours(phantom_classifier: Path) -> None
     """A table whose own label is finer than the classes, with a group column as BUSI's."""
     network = load_network(phantom_classifier)
     batch = next(iter(phantom().loader("test")))
-    one = {"label": "benign", "group": "g", "correct": "no", "p_id": "7"}
+    one = {"label": "benign", "group": "g", "correct": "no", "p_id": "7", "seed": "3"}
     batch["columns"] = {name: [value] * len(batch["id"]) for name, value in one.items()}
     groups = dict.fromkeys(batch["id"], "patient")
     table = scoring.classified(network, [batch], groups, torch.device("cpu"))
@@ -169,7 +170,7 @@ def test_kept_and_flipped_per_decided_class(results: Path, phantom_single: Path)
         with torch.no_grad():
             similar, _ = explainer(batch["image"])
             kept += (network.decide(similar) == network.decide(batch["image"])).tolist()
-    scores = evaluate.Results.read(results).scores
+    scores = Results.read(results).scores
     assert scores.query("metric == 'kept'")["value"].mean() == pytest.approx(np.mean(kept))
     per_class = scores[scores["metric"].isin(["kept_healthy", "kept_opacity"])]
     assert len(per_class) == len(kept)
@@ -218,7 +219,7 @@ pictured: 2
     assert done.returncode == 0, done.stderr[-2000:]
     key = ["id", "method", "views", "smoothing", "metric"]
     one, two = (
-        evaluate.Results.read(folder).scores.set_index(key)["value"].sort_index()
+        Results.read(folder).scores.set_index(key)["value"].sort_index()
         for folder in (results, tmp_path / "out")
     )
     assert one.index.equals(two.index)
@@ -229,7 +230,7 @@ pictured: 2
 
 
 def test_pool_takes_the_mean_over_seeds(results: Path, tmp_path: Path) -> None:
-    other = evaluate.Results.read(results)
+    other = Results.read(results)
     other.scores["value"] += 0.5
     other.write(tmp_path / "other")
     evaluate.pool([str(results), str(tmp_path / "other")], str(tmp_path / "pooled"))
@@ -261,4 +262,4 @@ def test_other_classes_are_refused(phantom_classifier: Path) -> None:
     data = phantom()
     data.class_names = ("clear", "dense")
     with pytest.raises(ValueError, match=r"trained on classes .*'healthy', 'opacity'.*'clear'"):
-        evaluate.check_classes(load_network(phantom_classifier), data)
+        evaluate.compare(data, str(phantom_classifier), accelerator="cpu")

@@ -163,7 +163,8 @@ def classified(
                 **dict(zip(columns, probability[k].tolist(), strict=True)),
             }
             table = {column: values[k] for column, values in batch["columns"].items()}
-            rows.append(row | {f"table_{c}" if c in row else c: table[c] for c in table})
+            taken = {*row, "seed"}
+            rows.append(row | {f"table_{c}" if c in taken else c: table[c] for c in table})
     every: Any = gathered(rows)  # pandas' stubs take no list of dict[str, object]
     return pd.DataFrame(every).sort_values("id", ignore_index=True)
 

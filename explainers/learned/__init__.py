@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from classifiers.network import network_from
+from classifiers.network import network_from, read_checkpoint
 from classifiers.optimisation import Optimisation
 from explainers.learned.adversarial import Adversarial
 from explainers.learned.base import LearnedExplainer, Weights
@@ -32,11 +30,8 @@ def load_explainer(checkpoint: str | Path) -> LearnedExplainer:
     Raises:
         ValueError: If the file cannot be read or holds no explainer.
     """
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {str(checkpoint)!r} cannot be read: {error}") from error
-    described = content.get("explainer") if isinstance(content, Mapping) else None
+    content = read_checkpoint(checkpoint)
+    described = content.get("explainer")
     classes = {cls.__name__: cls for cls in (Single, Duo, Adversarial)}
     if not isinstance(described, Mapping) or described.get("class") not in classes:
         raise ValueError(

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from classifiers.network import Network, decide, load_network, paired_logits
+from classifiers.network import Network, check_classes, decide, load_network, paired_logits
 from classifiers.optimisation import Optimisation
 from explainers.base import Explainer, untouched
 from explainers.learned.generators import Geometry
@@ -155,12 +155,8 @@ class LearnedExplainer(LightningModule, Explainer):
     def setup(self, stage: str) -> None:
         """Compare the classifier and the generators with the data."""
         data = getattr(self.trainer, "datamodule", None)
-        names = list(getattr(data, "class_names", self.network.class_names))
-        if names != self.network.class_names:
-            raise ValueError(
-                f"the classifier was trained on classes {self.network.class_names}, but the data "
-                f"has {names}; give the data module that the classifier was trained with."
-            )
+        names = getattr(data, "class_names", self.network.class_names)
+        check_classes(self.network.class_names, names)
         channels = getattr(getattr(data, "loading", None), "channels", self.geometry.channels)
         if channels != self.geometry.channels:
             raise ValueError(

@@ -209,7 +209,7 @@ def test_one_cycle_of_a_real_fit_ends_low(tmp_path: Path) -> None:
         ),
         (
             {"num_logits": 3, "class_names": ["c", "b", "a"]},
-            r"between classes \['c', 'b', 'a'\], but the data has \['a', 'b', 'c'\]; give the same",
+            r"trained on classes \['c', 'b', 'a'\], but the data has \['a', 'b', 'c'\]; give the data",
         ),
     ],
 )
@@ -226,7 +226,7 @@ def test_classes_of_data_and_checkpoint_differ(tmp_path: Path) -> None:
     runner.fit(Classifier(Network("test_resnet")), Squares(("a", "b"), (8, 8)))
     runner.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(
-        ValueError, match=r"between classes \['a', 'b'\], but the data has \['b', 'a'\]"
+        ValueError, match=r"trained on classes \['a', 'b'\], but the data has \['b', 'a'\]"
     ):
         trainer(tmp_path).test(
             Classifier(Network("test_resnet")),

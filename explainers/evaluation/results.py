@@ -1,0 +1,62 @@
+"""What a comparison leaves on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from explainers.evaluation.statistics import read_scores, write_scores
+from explainers.evaluation.tables import (
+    classifier_table,
+    generated_table,
+    long_table,
+    markdown,
+    wide_table,
+)
+
+
+@dataclass
+class Results:
+    """What a comparison leaves: tables from which everything else is made.
+
+    Attributes:
+        scores: Per image, method and metric; see `statistics.checked_scores`.
+        images: Per image: id, group, label, decision, correct, p(class) of each, table columns.
+        costs: Per method and views: control, sigma, seconds per image, megabytes.
+    """
+
+    scores: pd.DataFrame
+    images: pd.DataFrame
+    costs: pd.DataFrame
+
+    def write(self, out: Path) -> dict[str, pd.DataFrame]:
+        """Write the three as CSV, table.csv (long form) and table.md; gives the tables shown."""
+        out.mkdir(parents=True, exist_ok=True)
+        write_scores(self.scores, out / "scores.csv")
+        self.images.to_csv(out / "images.csv", index=False)
+        self.costs.to_csv(out / "costs.csv", index=False)
+        long = long_table(self.scores, self.images)
+        long.to_csv(out / "table.csv", index=False)
+        shown = {"Localisation": wide_table(long, self.scores, self.costs)}
+        if (self.scores["metric"] == "kept").any():
+            shown["Generated images"] = generated_table(long)
+        shown["Classifier"] = classifier_table(long)
+        text = [f"## {name}\n\n{markdown(table)}" for name, table in shown.items()]
+        (out / "table.md").write_text("\n".join(text))
+        return shown
+
+    @classmethod
+    def read(cls, out: Path) -> Results:
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: If the folder holds no comparison.
+        """
+        if not (out / "scores.csv").exists():
+            raise ValueError(f"{str(out)!r} holds no scores.csv; give the out folder of compare.")
+        text = {"id": str, "group": str}
+        images = pd.read_csv(out / "images.csv", dtype=text, keep_default_na=False)
+        costs = pd.read_csv(out / "costs.csv")
+        return cls(read_scores(out / "scores.csv"), images, costs)
