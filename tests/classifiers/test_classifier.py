@@ -209,7 +209,7 @@ def test_one_cycle_of_a_real_fit_ends_low(tmp_path: Path) -> None:
         ),
         (
             {"num_logits": 3, "class_names": ["c", "b", "a"]},
-            r"trained on classes \['c', 'b', 'a'\], but the data has \['a', 'b', 'c'\]; give the data",
+            r"trained on classes \['c', 'b', 'a'\], but the data has \['a', 'b', 'c'\]; give",
         ),
     ],
 )
