@@ -22,6 +22,7 @@ from explainers import attribution
 from explainers.base import Explainer
 from explainers.evaluation import compare as scoring
 from explainers.evaluation import pictures, report
+from explainers.evaluation.finished import Finished
 from explainers.evaluation.results import Results
 from explainers.learned import LearnedExplainer, load_explainer
 from explainers.views import Views
@@ -44,6 +45,8 @@ def compare(
     accelerator: str = "auto",
 ) -> None:
     """Score explainers side by side; writes table.csv, table.md, scores.csv and report.html.
+
+    Finished rows lie in ``out``/finished: the same command goes on where it was interrupted.
 
     Args:
         data: Images with masks, as in training.
@@ -78,7 +81,10 @@ def compare(
     entries += controls(network, data, seed)
     groups = {record.id: record.group for record in data.splits[split]}
     images = scoring.classified(network, data.loader(split), groups, fabric.device)
-    scores, costs = score(entries, data, split, views, smoothing, fabric.device)
+    validation = scoring.classified(network, data.loader("val"), {}, fabric.device)
+    known = [table.round(4).to_csv() for table in (images, validation)]  # stand for the pixels too
+    finished = Finished(Path(out) / "finished", known, views, smoothing, split)
+    scores, costs = score(entries, data, split, views, smoothing, fabric.device, finished)
     for name, explainer in learned.items():
         scores += scoring.score_generated(
             name, explainer, network, data.loader(split), fabric.device
@@ -152,6 +158,7 @@ def score(
     views: Views | None,
     smoothing: Sequence[float],
     device: torch.device,
+    finished: Finished,
 ) -> tuple[scoring.Rows, scoring.Rows]:
     """Scores per image, and per method and views the chosen smoothing and the costs."""
     scores: scoring.Rows = []
@@ -163,16 +170,22 @@ def score(
         for entry, variant in jobs:
             form = "views" if variant else "plain"
             progress.update(task, description=f"{entry.name}, {form}")
-            validation = scoring.annotated(data.loader("val"), device)
-            sigma = scoring.choose_smoothing(entry.explainer, validation, variant, smoothing)
-            sigmas = {"raw": 0.0} | ({"smoothed": sigma} if any(smoothing) else {})
-            scored = scoring.annotated(data.loader(split), device)
-            rows, cost = scoring.score_maps(entry, scored, variant, sigmas)
+            path = finished.path(entry, form)
+            known = finished.read(path)
+            if known is None:
+                validation = scoring.annotated(data.loader("val"), device)
+                sigma = scoring.choose_smoothing(entry.explainer, validation, variant, smoothing)
+                sigmas = {"raw": 0.0} | ({"smoothed": sigma} if any(smoothing) else {})
+                scored = scoring.annotated(data.loader(split), device)
+                rows, cost = scoring.score_maps(entry, scored, variant, sigmas)
+                row = {"method": entry.name, "views": form, "control": entry.control}
+                known = [rows, {**row, "sigma": sigma, **cost.per_image()}]
+                if path:
+                    rank_zero_only(finished.write)(path, known)
+            rows, row = known
             scores += rows
-            row = {"method": entry.name, "views": form, "control": entry.control, "sigma": sigma}
-            spent = cost.per_image()
-            costs.append({**row, **spent})
-            line = f"{entry.name}, {form}: sigma {sigma:g}, {spent['seconds']:.4f} s an image"
+            costs.append(row)
+            line = f"{entry.name}, {form}: sigma {row['sigma']:g}, {row['seconds']:.4f} s an image"
             rank_zero_only(progress.console.print)(line)  # stays in a log, where no bar is drawn
             progress.advance(task)
     return scores, costs

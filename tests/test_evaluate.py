@@ -6,6 +6,7 @@ import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,9 @@ from classifiers import Network, load_network
 from datamodules import Phantom
 from datamodules.base import Loading
 from explainers import Views, load_explainer
-from explainers.attribution import GradCAM, Gradient
+from explainers.attribution import GradCAM, Gradient, SmoothGrad
 from explainers.evaluation import compare as scoring
+from explainers.evaluation.finished import Finished
 from explainers.evaluation.metrics import localisation_scores
 from explainers.evaluation.results import Results
 from explainers.views import smooth
@@ -227,6 +229,47 @@ pictured: 2
     # may exchange two neighbouring pixels of a ranking
     np.testing.assert_allclose(one, two, atol=2e-3)
     assert (one - two).abs().mean() < 1e-4
+
+
+def test_an_interrupted_comparison_goes_on(
+    results: Path,
+    phantom_classifier: Path,
+    phantom_single: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped in its fourth row of 14: three are kept, and the scores are those of one go."""
+    computed: list[str] = []
+
+    def stopped(entry: scoring.Entry, *arguments: Any) -> Any:
+        computed.append(entry.name)
+        if len(computed) == 4:
+            raise KeyboardInterrupt
+        return score_maps(entry, *arguments)
+
+    score_maps = scoring.score_maps
+    monkeypatch.setattr(scoring, "score_maps", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare(phantom_classifier, phantom_single, tmp_path)
+    assert len(list((tmp_path / "finished").iterdir())) == 3
+    compare(phantom_classifier, phantom_single, tmp_path)
+    assert len(computed) == 4 + 11
+    pd.testing.assert_frame_equal(Results.read(tmp_path).scores, Results.read(results).scores)
+
+
+def test_a_finished_row_is_found_by_all_that_it_follows_from(tmp_path: Path) -> None:
+    network, views = Network("test_resnet"), Views(count=2)
+    path = Finished(tmp_path, "data", views).path(Gradient(network))
+    assert path == Finished(tmp_path, "data", Views(count=2)).path(Gradient(network))
+    others = [
+        Finished(tmp_path, "other", views).path(Gradient(network)),
+        Finished(tmp_path, "data", Views(count=3)).path(Gradient(network)),
+        Finished(tmp_path, "data", views).path(SmoothGrad(network)),
+        Finished(tmp_path, "data", views).path(SmoothGrad(network, samples=24)),
+        Finished(tmp_path, "data", views).path(Gradient(Network("test_resnet"))),
+    ]
+    assert len({path, *others}) == 6
+    assert Finished(tmp_path).path(lambda: 1) is None
 
 
 def test_pool_takes_the_mean_over_seeds(results: Path, tmp_path: Path) -> None:

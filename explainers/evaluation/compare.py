@@ -156,7 +156,7 @@ def classified(
             label = int(batch["label"][k])
             row = {
                 "id": name,
-                "group": groups[name],
+                "group": groups.get(name, ""),
                 "label": network.class_names[label],
                 "decision": network.class_names[int(decision[k])],
                 "correct": int(decision[k]) == label,
