@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import explainers
-
 
 class ByValue(pickle.Pickler):
     """Writes tensors by their values and sets in order, the same in every process."""
@@ -39,7 +37,7 @@ class Finished:
     """
 
     def __init__(self, folder: Path, *facts: object) -> None:
-        source = Path(explainers.__file__).parent
+        source = Path(__file__).parents[1]
         code = [path.read_bytes() for path in sorted(source.rglob("*.py"))]
         self.folder, self.facts = folder, (facts, code)
 
