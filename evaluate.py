@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader
 
 from classifiers import Network, load_network
+from classifiers.memory import keep_freed_memory
 from classifiers.network import check_classes
 from datamodules.base import ImageDataModule, collate
 from explainers import attribution
@@ -63,6 +64,7 @@ def compare(
         devices: Processes.
         accelerator: Where they run.
     """
+    keep_freed_memory()
     seed_everything(seed, verbose=False)
     strategy = "ddp" if devices > 1 else "auto"
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy)

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 import classifiers  # noqa: F401  short class names in configs
 import datamodules  # noqa: F401
 import explainers  # noqa: F401
+from classifiers.memory import keep_freed_memory
 from datamodules.base import ImageDataModule
 
 
@@ -133,6 +134,7 @@ def wandb_mode() -> str | None:
 
 def main(args: list[str] | None = None) -> TrainCLI:
     """Run the command line."""
+    keep_freed_memory()
     return TrainCLI(
         LightningModule,
         ImageDataModule,

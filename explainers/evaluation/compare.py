@@ -44,11 +44,13 @@ class Cost:
         images: Number of explained images.
         seconds: Wall time of all of them.
         megabytes: Largest memory beyond that in use at the start; NaN where it cannot be read.
+        start: Bytes in use at the start, known from the first images on.
     """
 
     images: int = 0
     seconds: float = 0.0
     megabytes: float = 0.0
+    start: float | None = None
 
     def per_image(self) -> dict[str, float]:
         """Seconds per image and peak megabytes, over all processes: their sum and their largest."""
@@ -217,14 +219,18 @@ def gathered(rows: list[T]) -> list[T]:
 def measured(cost: Cost, image: Tensor) -> Iterator[None]:
     """Add the time and the peak memory of what happens inside."""
     on_gpu = image.device.type == "cuda"
-    before = _peak(image.device, reset=True)
+    if cost.start is None:  # freed memory goes back first: what is taken again would not count
+        if not on_gpu and hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)
+        cost.start = _peak(image.device, reset=True)
+    _peak(image.device, reset=True)
     start = time.perf_counter()
     yield
     if on_gpu:
         torch.cuda.synchronize(image.device)
     cost.seconds += time.perf_counter() - start
     cost.images += len(image)
-    megabytes = (_peak(image.device) - before) / 2**20
+    megabytes = (_peak(image.device) - cost.start) / 2**20
     cost.megabytes = megabytes if megabytes != megabytes else max(cost.megabytes, megabytes)
 
 
@@ -237,8 +243,7 @@ def _peak(device: torch.device, *, reset: bool = False) -> float:
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
-    if reset:  # freed memory goes back first: what is taken again would not count
-        ctypes.CDLL(None).malloc_trim(0)
+    if reset:
         Path("/proc/self/clear_refs").write_text("5")
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return 1024.0 * int(line.split()[1])
