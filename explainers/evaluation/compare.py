@@ -43,14 +43,14 @@ class Cost:
     Attributes:
         images: Number of explained images.
         seconds: Wall time of all of them.
-        megabytes: Largest memory beyond that in use at the start; NaN where it cannot be read.
-        start: Bytes in use at the start, known from the first images on.
+        megabytes: Largest memory beyond that in use before; NaN where it cannot be read.
+        largest: Images of the largest batch so far; memory is measured where one is larger.
     """
 
     images: int = 0
     seconds: float = 0.0
     megabytes: float = 0.0
-    start: float | None = None
+    largest: int = 0
 
     def per_image(self) -> dict[str, float]:
         """Seconds per image and peak megabytes, over all processes: their sum and their largest."""
@@ -219,19 +219,21 @@ def gathered(rows: list[T]) -> list[T]:
 def measured(cost: Cost, image: Tensor) -> Iterator[None]:
     """Add the time and the peak memory of what happens inside."""
     on_gpu = image.device.type == "cuda"
-    if cost.start is None:  # freed memory goes back first: what is taken again would not count
+    larger = len(image) > cost.largest
+    if larger:
         if not on_gpu and hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)
-        cost.start = _peak(image.device, reset=True)
-    _peak(image.device, reset=True)
+            ctypes.CDLL(None).malloc_trim(0)  # memory that is kept and taken again would not count
+        before = _peak(image.device, reset=True)
     start = time.perf_counter()
     yield
     if on_gpu:
         torch.cuda.synchronize(image.device)
     cost.seconds += time.perf_counter() - start
     cost.images += len(image)
-    megabytes = (_peak(image.device) - cost.start) / 2**20
-    cost.megabytes = megabytes if megabytes != megabytes else max(cost.megabytes, megabytes)
+    if larger:
+        cost.largest = len(image)
+        megabytes = (_peak(image.device) - before) / 2**20
+        cost.megabytes = megabytes if megabytes != megabytes else max(cost.megabytes, megabytes)
 
 
 def _peak(device: torch.device, *, reset: bool = False) -> float:
