@@ -83,9 +83,8 @@ def compare(
     entries += controls(network, data, seed)
     groups = {record.id: record.group for record in data.splits[split]}
     images = scoring.classified(network, data.loader(split), groups, fabric.device)
-    validation = scoring.classified(network, data.loader("val"), {}, fabric.device)
-    known = [table.round(4).to_csv() for table in (images, validation)]  # stand for the pixels too
-    finished = Finished(Path(out) / "finished", known, views, smoothing, split)
+    content = [scoring.digest(data.loader("val")), scoring.digest(data.loader(split))]
+    finished = Finished(Path(out) / "finished", content, views, smoothing)
     scores, costs = score(entries, data, split, views, smoothing, fabric.device, finished)
     for name, explainer in learned.items():
         scores += scoring.score_generated(
@@ -176,12 +175,8 @@ def score(
             known = finished.read(path)
             if known is None:
                 validation = scoring.annotated(data.loader("val"), device)
-                sigma = scoring.choose_smoothing(entry.explainer, validation, variant, smoothing)
-                sigmas = {"raw": 0.0} | ({"smoothed": sigma} if any(smoothing) else {})
                 scored = scoring.annotated(data.loader(split), device)
-                rows, cost = scoring.score_maps(entry, scored, variant, sigmas)
-                row = {"method": entry.name, "views": form, "control": entry.control}
-                known = [rows, {**row, "sigma": sigma, **cost.per_image()}]
+                known = scoring.score_entry(entry, validation, scored, variant, smoothing)
                 if path:
                     rank_zero_only(finished.write)(path, known)
             rows, row = known

@@ -60,8 +60,7 @@ class Classifier(LightningModule):
         metrics = classification_metrics(network.num_classes)
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
-        self.scores, self.labels = CatMetric(), CatMetric()  # of one validation, for the threshold
-        self.seen: list[tuple[Tensor, Tensor]] = []  # the same, for the metrics at the threshold
+        self.logits, self.labels = CatMetric(), CatMetric()  # of one validation, for the threshold
         self.data_class_names: list[str] = []
 
     def setup(self, stage: str) -> None:
@@ -117,23 +116,22 @@ class Classifier(LightningModule):
         size: Any = float(len(label))
         self.log(name, loss, batch_size=size, sync_dist=True, prog_bar=name == "val/loss")
         if self.threshold_rule == "youden" and name == "val/loss":
-            self.scores.update(logits[:, 0].sigmoid())
+            self.logits.update(logits)
             self.labels.update(label)
-            self.seen.append((logits, label))
         else:
             update(metrics, logits, label, self.network.threshold)
 
     def on_validation_epoch_end(self) -> None:
         """Move the operating point if asked to, then log the metrics of the epoch."""
         if self.threshold_rule == "youden":
-            best = youden_threshold(self.scores.compute(), self.labels.compute().long())
+            scores = self.logits.compute()[:, 0].sigmoid()  # of all processes
+            best = youden_threshold(scores, self.labels.compute().long())
             self.network.set_threshold(best)
             self.log("val/threshold", best)
-            self.scores.reset()
+            for logits, label in zip(self.logits.value, self.labels.value, strict=True):  # its own
+                update(self.val_metrics, logits, label.long(), best)
+            self.logits.reset()
             self.labels.reset()
-            for logits, label in self.seen:
-                update(self.val_metrics, logits, label, best)
-            self.seen.clear()
         self._log_metrics(self.val_metrics)
 
     def on_test_epoch_end(self) -> None:

@@ -162,6 +162,8 @@ def test_peak_memory_is_that_of_the_call() -> None:
 def test_smoothing_without_annotated_validation_images_is_refused() -> None:
     with pytest.raises(ValueError, match="none of its images has a mask"):
         scoring.choose_smoothing(Gradient(Network("resnet18")), [], None, (0.0, 0.05))
+    with pytest.raises(ValueError, match=r"at least one sigma .* but got \[\]"):
+        scoring.choose_smoothing(Gradient(Network("resnet18")), [], None, ())
     assert scoring.choose_smoothing(Gradient(Network("resnet18")), [], None, (0.02,)) == 0.02
 
 
@@ -269,6 +271,10 @@ def test_a_finished_row_is_found_by_all_that_it_follows_from(tmp_path: Path) -> 
         Finished(tmp_path, "data", views).path(Gradient(Network("test_resnet"))),
     ]
     assert len({path, *others}) == 6
+    batch = next(iter(phantom().loader("test")))
+    pixels, masks = batch["image"] * 0.99, ~batch["mask"]
+    changed = [batch, {**batch, "image": pixels}, {**batch, "mask": masks}]
+    assert len({tuple(scoring.digest([one])) for one in changed}) == 3
     assert Finished(tmp_path).path(lambda: 1) is None
 
 

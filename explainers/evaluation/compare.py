@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -87,8 +89,10 @@ def choose_smoothing(
         candidates: Sigmas to choose from, shares of the image side; one needs no validation.
 
     Raises:
-        ValueError: If there is more than one and no annotated image.
+        ValueError: If there is none, or more than one and no annotated image.
     """
+    if not candidates:
+        raise ValueError("smoothing needs at least one sigma (0 is off), but got [].")
     if len(candidates) == 1:
         return candidates[0]
     total = torch.zeros(len(candidates), dtype=torch.float64)
@@ -100,10 +104,33 @@ def choose_smoothing(
     total = torch.stack(gathered([total])).sum(0)
     if not total.any():
         raise ValueError(
-            "smoothing is chosen on the validation split, but none of its images has a mask; "
-            "give a single sigma, --smoothing [0]."
+            f"smoothing is chosen from {list(candidates)} on the validation split, but none of its "
+            "images has a mask; give a single sigma, --smoothing [0]."
         )
     return candidates[int((total - total.max()).abs().le(1e-9).nonzero()[0])]
+
+
+def score_entry(
+    entry: Entry,
+    validation: Iterable[dict[str, Any]],
+    scored: Iterable[dict[str, Any]],
+    views: Views | None,
+    candidates: Sequence[float],
+) -> tuple[Rows, dict[str, object]]:
+    """Scores per image of one entry, and its chosen smoothing and costs.
+
+    Args:
+        entry: The explainer.
+        validation: Annotated images on which the smoothing is chosen.
+        scored: Annotated images that are scored.
+        views: Of the maps.
+        candidates: Sigmas to choose from; see `choose_smoothing`.
+    """
+    sigma = choose_smoothing(entry.explainer, validation, views, candidates)
+    sigmas = {"raw": 0.0} | ({"smoothed": sigma} if any(candidates) else {})
+    rows, cost = score_maps(entry, scored, views, sigmas)
+    row = {"method": entry.name, "views": "views" if views else "plain", "control": entry.control}
+    return rows, {**row, "sigma": sigma, **cost.per_image()}
 
 
 def score_maps(
@@ -158,7 +185,7 @@ def classified(
             label = int(batch["label"][k])
             row = {
                 "id": name,
-                "group": groups.get(name, ""),
+                "group": groups[name],
                 "label": network.class_names[label],
                 "decision": network.class_names[int(decision[k])],
                 "correct": int(decision[k]) == label,
@@ -206,6 +233,16 @@ def score_generated(
     return [row for row in gathered(rows) if row["value"] == row["value"]]
 
 
+def digest(batches: Iterable[Batch]) -> list[str]:
+    """What stands for the ids, pixels and masks of a split: a hash for each process."""
+    content = sha256()
+    for batch in batches:
+        content.update(repr(batch["id"]).encode())
+        for part in ("image", "mask"):
+            content.update(batch[part].contiguous().numpy().tobytes())
+    return gathered([content.hexdigest()])
+
+
 def gathered(rows: list[T]) -> list[T]:
     """Rows of all processes, in the order of the processes; the list itself without several."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -233,7 +270,7 @@ def measured(cost: Cost, image: Tensor) -> Iterator[None]:
     if larger:
         cost.largest = len(image)
         megabytes = (_peak(image.device) - before) / 2**20
-        cost.megabytes = megabytes if megabytes != megabytes else max(cost.megabytes, megabytes)
+        cost.megabytes = float(np.maximum(cost.megabytes, megabytes))  # NaN stays NaN
 
 
 def _peak(device: torch.device, *, reset: bool = False) -> float:

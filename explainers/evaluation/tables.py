@@ -47,11 +47,12 @@ def long_table(scores: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
     correct = correct[correct["metric"].isin(score_names(PERCENTILES))]
     correct = correct.assign(metric=correct["metric"] + "_correct")
     parts = [summarise(part) for part in (scores, correct) if len(part)]
-    return pd.concat([*parts, generated, classifier_rows(images)], ignore_index=True)
+    parts += [part for part in (generated, classifier_rows(images)) if len(part)]
+    return pd.concat(parts, ignore_index=True)
 
 
 def decision_rows(probabilities: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """ROC AUC of f(x_s), and of 1 - f(x_a), against the decisions on x (Table IV).
+    """ROC AUC of f(x_s) and 1 - f(x_a) against the decisions on x (arXiv:2012.07332, Table IV).
 
     Args:
         probabilities: Scores per image whose metrics are p_similar(class), p_adversarial(class).
@@ -59,8 +60,8 @@ def decision_rows(probabilities: pd.DataFrame, images: pd.DataFrame) -> pd.DataF
     """
     key = [column for column in ("id", "seed") if column in images and column in probabilities]
     decided = images[[*key, "group", "decision"]].rename(columns={"decision": "label"})
-    lines = []
-    for name in scored_classes(images):
+    names, lines = scored_classes(images), []
+    for name in names:
         for kind in ("similar", "adversarial"):
             chosen = probabilities[probabilities["metric"] == f"p_{kind}({name})"]
             for method, part in chosen.groupby("method", sort=False):
@@ -68,7 +69,7 @@ def decision_rows(probabilities: pd.DataFrame, images: pd.DataFrame) -> pd.DataF
                 auc = auc_interval(part.merge(decided, on=key), name)
                 if kind == "adversarial":
                     auc = Interval(1 - auc.mean, 1 - auc.high, 1 - auc.low, auc.n)
-                metric = f"auc_{kind}" + (f"_{name}" if len(scored_classes(images)) > 1 else "")
+                metric = f"auc_{kind}" + (f"_{name}" if len(names) > 1 else "")
                 lines.append((method, "plain", "raw", metric, *auc))
     return pd.DataFrame(lines, columns=[*ROW, "metric", *Interval._fields])
 
@@ -100,26 +101,27 @@ def auc_interval(images: pd.DataFrame, name: str, samples: int = 2000, seed: int
     """ROC AUC of one class against the rest, bootstrapped over groups of images.
 
     The Mann-Whitney form: share of (positive, negative) pairs in the right order, ties half; of
-    several seeds the mean of their AUCs.
+    several seeds, each with its own labels, the mean of their AUCs.
     """
-    trained = images if "seed" in images else images.assign(seed=0)
-    wide = trained.pivot(index="id", columns="seed", values=f"p({name})")
-    first = images.drop_duplicates("id").set_index("id").loc[wide.index]
-    positive = (first["label"] == name).to_numpy()
-    if positive.all() or not positive.any():
-        return Interval(np.nan, np.nan, np.nan, len(wide))
-    score = wide.to_numpy().T
-    above = score[:, positive, None] - score[:, None, ~positive]
-    pairs = ((np.sign(above) + 1) / 2).mean(0)
+    first = images.drop_duplicates("id").set_index("id")
     names = first["group"].where(first["group"] != "", "image " + first.index.astype(str))
     codes, groups = pd.factorize(names)
     share = np.full(len(groups), 1 / len(groups))
     draws = np.random.default_rng(seed).multinomial(len(groups), share, size=samples)[:, codes]
-    one, two = draws[:, positive].astype(float), draws[:, ~positive].astype(float)
-    weight = one.sum(1) * two.sum(1)
-    values = ((one @ pairs) * two).sum(1)[weight > 0] / weight[weight > 0]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Interval(float(pairs.mean()), float(low), float(high), len(wide))
+    means, drawn = [], []
+    for _, part in images.groupby("seed") if "seed" in images else [(0, images)]:
+        one_seed = part.set_index("id").loc[first.index]
+        positive = (one_seed["label"] == name).to_numpy()
+        if positive.all() or not positive.any():
+            return Interval(np.nan, np.nan, np.nan, len(first))
+        score = one_seed[f"p({name})"].to_numpy()
+        pairs = (np.sign(score[positive, None] - score[~positive]) + 1) / 2
+        one, two = draws[:, positive].astype(float), draws[:, ~positive].astype(float)
+        with np.errstate(invalid="ignore"):  # a draw without one of the classes is NaN
+            drawn.append(((one @ pairs) * two).sum(1) / (one.sum(1) * two.sum(1)))
+        means.append(pairs.mean())
+    low, high = np.nanquantile(np.mean(drawn, 0), [0.025, 0.975])
+    return Interval(float(np.mean(means)), float(low), float(high), len(first))
 
 
 def best_control(scores: pd.DataFrame, controls: Sequence[str]) -> Row | None:

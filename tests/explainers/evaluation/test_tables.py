@@ -10,6 +10,7 @@ from explainers.evaluation.tables import (
     auc_interval,
     best_control,
     classifier_rows,
+    decision_rows,
     generated_table,
     long_table,
     markdown,
@@ -118,6 +119,22 @@ def test_auc_of_generated_images_is_against_the_decisions() -> None:
     assert adversarial["mean"] == pytest.approx(roc_auc_score(truth, 1 - table["p(well)"]))
     assert adversarial["low"] <= adversarial["mean"] <= adversarial["high"]
     assert set(generated_table(long.reset_index())["metric"]) == {"auc_similar", "auc_adversarial"}
+
+
+def test_auc_of_decisions_follows_each_seeds_own() -> None:
+    """The second seed decides the other way round and says the opposite of the first."""
+    first = images()
+    other = first["decision"].map({"ill": "well", "well": "ill"})
+    both = pd.concat([first.assign(seed=0), first.assign(seed=1, decision=other)])
+    said = pd.concat(
+        scores(first)
+        .query("method == 'Good'")
+        .assign(metric="p_similar(ill)", value=value.to_numpy(), seed=seed)
+        for seed, value in enumerate((first["p(ill)"], first["p(well)"]))
+    )
+    (row,) = decision_rows(said, both).itertuples()
+    truth = first["decision"] == "ill"
+    assert row.mean == pytest.approx(roc_auc_score(truth, first["p(ill)"]))
 
 
 def test_a_column_that_begins_with_p_is_no_class() -> None:
