@@ -91,8 +91,12 @@ class Network(nn.Module):
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Logits of each image, before sigmoid or softmax; grey images are repeated to RGB."""
-        logits: Tensor = self.backbone((image.expand(-1, 3, -1, -1) - self.mean) / self.std)
+        logits: Tensor = self.backbone(self.normalised(image))
         return logits
+
+    def normalised(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+        """The backbone's input: RGB, by the mean and deviation that it expects."""
+        return (image.expand(-1, 3, -1, -1) - self.mean) / self.std
 
     def decide(self, image: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
         """Class of each image at the operating point."""

@@ -110,8 +110,8 @@ def box_frame(rows: list[dict[str, object]]) -> pd.DataFrame:
 
 def connected_boxes(mask: Bool[Tensor, "h w"]) -> list[Box]:
     """Half-open (x0, y0, x1, y1) around each connected part; pixels touch at corners too."""
-    labels = label(mask.numpy(), connectivity=2)  # type: ignore[no-untyped-call]
-    parts = regionprops(labels)  # type: ignore[no-untyped-call]
+    labels = label(mask.numpy(), connectivity=2)
+    parts = regionprops(labels)
     return [(x0, y0, x1, y1) for y0, x0, y1, x1 in (part.bbox for part in parts)]
 
 

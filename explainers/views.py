@@ -11,6 +11,8 @@ from kornia.filters import gaussian_blur2d
 from kornia.geometry.transform import get_affine_matrix2d, warp_affine
 from torch import Tensor
 
+from explainers.batches import in_batches, in_parts
+
 Saliency = Callable[[Tensor, Tensor], Tensor]
 SEEN = 0.999  # least share of a pixel that must survive the way there and back to count in a view
 
@@ -123,24 +125,19 @@ def average_over_views(
     there = warp(image.new_ones(k, 1, height, width), forward, "zeros")
     seen = (warp(there, back, "zeros")[:, 0] >= SEEN).to(image.dtype)
     total = image.new_zeros(b, height, width)
-    for pair in torch.split(torch.arange(b * k, device=image.device), views.work_batch):
+
+    def add(pair: Tensor) -> None:
         which, view = pair // k, pair % k
         maps = saliency(warp(image[which], forward[view]), target[which])
         maps = warp(maps[:, None], back[view], "zeros")[:, 0] * seen[view]
         total.index_add_(0, which, maps.to(total))
+
+    in_parts(add, b * k, views.work_batch, image.device)
     count = seen.sum(0)
     average = total / count.clamp(min=1)
     if (count > 0).all():
         return average
     return average.where(count > 0, in_batches(saliency, image, target, views.work_batch))
-
-
-def in_batches(
-    saliency: Saliency, image: Tensor, target: Tensor, work_batch: int
-) -> Float[Tensor, "b h w"]:
-    """Maps of all images, at most ``work_batch`` of them at once."""
-    parts = zip(torch.split(image, work_batch), torch.split(target, work_batch), strict=True)
-    return torch.cat([saliency(*part) for part in parts])
 
 
 def smooth(saliency: Float[Tensor, "b h w"], sigma: float) -> Float[Tensor, "b h w"]:

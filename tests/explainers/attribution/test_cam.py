@@ -3,8 +3,10 @@ from __future__ import annotations
 from functools import cache
 
 import captum.attr
+import numpy as np
 import pytest
 import torch
+import torchcam.methods
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -12,7 +14,16 @@ from torch.nn.functional import interpolate
 from torch.testing import assert_close
 
 from classifiers.network import Network
-from explainers.attribution.cam import GradCAM, last_spatial_layer
+from explainers.attribution.cam import (
+    EigenCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    XGradCAM,
+    channels_first,
+    last_spatial_layer,
+)
 
 
 def frozen(backbone: str, num_logits: int = 1) -> Network:
@@ -227,3 +238,105 @@ def test_maps_are_non_negative_of_the_images_size_and_free_of_neighbours(
     assert (maps >= 0).all()
     alone = [explainer.saliency(*one) for one in zip(image[:, None], target[:, None], strict=True)]
     assert_close(maps, torch.cat(alone), atol=1e-6, rtol=1e-4)
+
+
+def activation_and_slope(
+    network: Network, layer: str, image: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A layer's output and the gradient of the target's logit there, one image at a time."""
+    pairs = []
+    for one, k in zip(image[:, None], target.tolist(), strict=True):
+        kept: list[Tensor] = []
+
+        def keep(
+            _module: object, _inputs: object, output: Tensor, into: list[Tensor] = kept
+        ) -> None:
+            into.append(output)
+
+        handle = network.backbone.get_submodule(layer).register_forward_hook(keep)
+        score = network(one.clone().requires_grad_())[0, k]
+        handle.remove()
+        pairs.append((kept[0].detach()[0], torch.autograd.grad(score, kept[0])[0][0]))
+    activation, slope = zip(*pairs, strict=True)
+    return torch.stack(activation), torch.stack(slope)
+
+
+def by_hand(method: type[GradCAM], activation: Tensor, slope: Tensor) -> Tensor:
+    """The map of one image before upsampling, channel by channel."""
+    total = torch.zeros_like(activation[0])
+    for a, g in zip(activation, slope, strict=True):
+        if method is GradCAMPlusPlus:
+            alpha = torch.where(g != 0, g**2 / (2 * g**2 + a.sum() * g**3), 0)
+            total += (alpha * g.relu()).sum() * a
+        elif method is XGradCAM:
+            total += (g * a / a.sum()).sum() * a if a.sum() > 0 else 0
+        elif method is LayerCAM:
+            total += g.relu() * a
+        else:
+            total += g * a
+    return total.relu()
+
+
+@pytest.mark.parametrize("method", [GradCAMPlusPlus, HiResCAM, XGradCAM, LayerCAM])
+@pytest.mark.parametrize("layer", ["layer2", "layer4"])
+def test_other_weights_by_hand(method: type[GradCAM], layer: str) -> None:
+    network, image, target = frozen("resnet18", 3), images(3), torch.tensor([2, 0, 1])
+    activation, slope = activation_and_slope(network, layer, image, target)
+    maps = [by_hand(method, a, g) for a, g in zip(activation, slope, strict=True)]
+    oracle = interpolate(torch.stack(maps)[:, None], (64, 64), mode="bilinear")[:, 0]
+    same_up_to_its_peak(method(network, layer).explain(image, target), oracle)
+
+
+def test_torchcams_own_plus_plus_leaves_alpha_out() -> None:  # why its weights are ours
+    network, image = frozen("resnet18"), images(1)
+    activation, slope = activation_and_slope(network, "layer4", image, torch.tensor([0]))
+    with torchcam.methods.GradCAMpp(network.backbone, "layer4") as extractor:
+        maps = extractor(0, network(image.clone().requires_grad_()), normalized=False)[0]
+    squared = (slope**2 * slope.relu()).sum((2, 3), keepdim=True)
+    assert_close(maps, (squared * activation).sum(1).relu())
+
+
+def test_eigen_cam_is_numpys_first_singular_vector() -> None:
+    network, image = shared("resnet18"), images(2)
+    activation, _ = activation_and_slope(network, "layer3", image, torch.tensor([0, 0]))
+    maps = []
+    for one in activation.double().numpy():
+        matrix = one.reshape(len(one), -1).T
+        projected = matrix @ np.linalg.svd(matrix, full_matrices=False)[2][0]
+        maps.append(torch.from_numpy(projected * np.sign(projected.sum())).view(one.shape[1:]))
+    oracle = interpolate(torch.stack(maps)[:, None], (64, 64), mode="bilinear")[:, 0]
+    same_up_to_its_peak(EigenCAM(network, "layer3").explain(image), oracle.float())
+
+
+def test_the_negative_map_of_one_logit_is_the_other_class_positive_one() -> None:
+    network, image = shared("resnet18"), images(2)
+    other = GradCAM(network, "layer2").explain(image, torch.tensor([0, 1]))
+    negative = GradCAM(network, "layer2", "negative").explain(image, torch.tensor([1, 0]))
+    assert_close(negative, other)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layer", "side"),
+    [
+        ("vit_b_16", "encoder.layers.encoder_layer_11.ln_1", 224),
+        ("test_vit", "blocks.5.norm1", 160),
+        ("swin_t", "features.5", 64),
+        ("swin_t", "norm", 64),
+    ],
+)
+def test_transformers_have_maps_at_a_named_layer(backbone: str, layer: str, side: int) -> None:
+    network, image = shared(backbone), images(1, side, side)
+    for method in (GradCAM, HiResCAM, EigenCAM):
+        maps = method(network, layer).explain(image)
+        assert maps.shape == (1, side, side)
+        assert maps.std() > 0
+
+
+def test_tokens_lie_on_the_images_grid() -> None:
+    tokens = torch.arange(30.0).view(1, 15, 2)  # a class token and 2 registers, then 3 x 4
+    found = channels_first(tokens, "mix", torch.Size([1, 1, 48, 64]))
+    assert found[0, 0].tolist() == [[6, 8, 10, 12], [14, 16, 18, 20], [22, 24, 26, 28]]
+    last = torch.arange(24.0).view(1, 3, 4, 2)
+    assert_close(channels_first(last, "norm", torch.Size([1, 1, 48, 64])), last.movedim(-1, 1))
+    with pytest.raises(ValueError, match=r"'mix' gave \(1, 15, 2\)"):
+        channels_first(tokens, "mix", torch.Size([1, 1, 48, 52]))

@@ -1,22 +1,26 @@
 from __future__ import annotations
 
 import captum.attr
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import images, network_around, small
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from classifiers.network import Network
 from explainers.attribution.gradient import (
-    ClassScores,
     Gradient,
+    GradientSHAP,
+    InputXGradient,
     IntegratedGradients,
     SmoothGrad,
-    gradients_on,
+    SmoothGradIG,
     noise_fields,
 )
+from explainers.attribution.scores import ClassScores, gradients_on
 from explainers.base import Explainer
 
 NAMES = ["gradient", "smoothgrad", "integrated"]
@@ -37,45 +41,11 @@ class Plain(nn.Module):
         return (image**self.power).flatten(1).sum(1, keepdim=True)
 
 
-class Small(nn.Module):
-    """A convolutional network with batch norm and in-place ReLU."""
-
-    def __init__(self, num_logits: int) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1),
-            nn.BatchNorm2d(6),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(6, 6, 3, stride=2, padding=1),
-            nn.ReLU(inplace=True),
-        )
-        self.head = nn.Linear(6, num_logits)
-
-    def forward(self, image: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(image).mean((2, 3)))
-        return logits
-
-
-def network_around(backbone: nn.Module, num_logits: int = 1) -> Network:
-    network = Network("squeezenet1_1", num_logits)
-    network.backbone = backbone
-    return network.eval().requires_grad_(False)
-
-
-def small(num_logits: int = 1) -> Network:
-    torch.manual_seed(0)
-    return network_around(Small(num_logits), num_logits)
-
-
 def plain(power: int) -> Network:
     network = network_around(Plain(power))
     network.mean.zero_()
     network.std.fill_(1.0)
     return network
-
-
-def images(count: int = 3, channels: int = 1) -> Tensor:
-    return torch.rand(count, channels, 10, 12, generator=torch.Generator().manual_seed(1))
 
 
 def build(name: str, network: Network, work_batch: int = 64) -> Explainer:
@@ -135,6 +105,41 @@ def test_integrated_gradients_are_captums_of_one_image_at_a_time() -> None:
 def test_integrated_gradients_of_a_black_image_are_zero() -> None:
     maps = IntegratedGradients(small()).saliency(torch.zeros(1, 1, 10, 12), torch.tensor([1]))
     assert_close(maps, torch.zeros(1, 10, 12))
+
+
+def test_input_x_gradient_by_hand() -> None:  # z = 3 x^2: slope 6 x, times x
+    image = images(2)
+    maps = InputXGradient(plain(2)).saliency(image, torch.tensor([0, 1]))
+    assert_close(maps, 6 * image[:, 0] ** 2)
+
+
+def test_gradient_shap_is_captums_without_noise() -> None:
+    network, image, target = small(3), images(channels=3), torch.tensor([2, 0, 1])
+    found = GradientSHAP(network, samples=3000, noise=0).saliency(image, target)
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  captum draws from it
+    oracle = captum.attr.GradientShap(ClassScores(network))
+    expected = oracle.attribute(image, torch.zeros_like(image[:1]), 3000, target=target)
+    expected = expected.sum(1).abs()  # both estimates err by about 1 % of the largest value
+    assert_close(found, expected, atol=0.04 * float(expected.max()), rtol=0)
+
+
+def test_gradient_shap_of_a_square_by_hand() -> None:  # slope 6 a x at a share a, times x
+    image, shares = images(2), torch.rand(4, generator=torch.Generator().manual_seed(7))
+    maps = GradientSHAP(plain(2), samples=4, noise=0, seed=7).saliency(image, torch.tensor([1, 1]))
+    assert_close(maps, 6 * shares.mean() * image[:, 0] ** 2)
+
+
+def test_smoothgrad_ig_is_the_slow_loop() -> None:
+    network, image, target = small(3), images(channels=3), torch.tensor([2, 0, 1])
+    explainer = SmoothGradIG(network, samples=3, steps=5, noise=0.2, seed=5, work_batch=7)
+    maps = explainer.saliency(image, target)
+    fields = torch.randn(3, 3, 10, 12, generator=torch.Generator().manual_seed(5))
+    oracle = captum.attr.IntegratedGradients(ClassScores(network))
+    for one, k, found in zip(image, target.tolist(), maps, strict=True):
+        noisy = one + 0.2 * (one.max() - one.min()) * fields
+        total = sum(oracle.attribute(copy[None], target=k, n_steps=5)[0] for copy in noisy)
+        assert_close(found, (total / 3).sum(0).abs().float(), atol=1e-6, rtol=1e-4)
 
 
 def test_smoothgrad_is_the_slow_loop() -> None:
