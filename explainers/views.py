@@ -157,3 +157,8 @@ def smooth(saliency: Float[Tensor, "b h w"], sigma: float) -> Float[Tensor, "b h
         return saliency
     blurred = gaussian_blur2d(saliency[:, None], 2 * reach + 1, (pixels, pixels), "reflect")
     return blurred[:, 0]
+
+
+def blurred(image: Float[Tensor, "b c h w"], sigma: float) -> Float[Tensor, "b c h w"]:
+    """Images under the Gaussian of `smooth`, channel by channel."""
+    return smooth(image.flatten(0, 1), sigma).view_as(image)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int64
-from kornia.filters import gaussian_blur2d
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from classifiers.network import Network, probabilities
 from explainers.attribution.scores import ClassScores, at_least_one, gradients_on
 from explainers.base import Explainer
 from explainers.batches import in_batches
+from explainers.views import blurred
 
 
 class BBMP(Explainer):
@@ -187,15 +187,6 @@ def grid(image: Float[Tensor, "b c h w"], cell: float) -> tuple[int, int]:
     height, width = image.shape[2:]
     short = min(height, width)
     return round(count * height / short), round(count * width / short)
-
-
-def blurred(image: Float[Tensor, "b c h w"], sigma: float) -> Float[Tensor, "b c h w"]:
-    """Gaussian blur, ``sigma`` as a share of the shorter side, reflected; 0 is off."""
-    side = min(image.shape[2:])
-    reach = min(round(3 * sigma * side), side - 1)
-    if reach == 0:
-        return image
-    return gaussian_blur2d(image, 2 * reach + 1, (sigma * side, sigma * side), "reflect")
 
 
 def variation(mask: Float[Tensor, "b 1 h w"], exponent: float) -> Float[Tensor, ""]:

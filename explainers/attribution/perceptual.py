@@ -12,11 +12,11 @@ from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 
 from classifiers.network import Network, paired_logits
-from explainers.attribution.masks import blurred
 from explainers.attribution.rules import OTHERS, RELUS
 from explainers.attribution.scores import at_least_one, gradients_on
 from explainers.base import Explainer
 from explainers.batches import in_batches
+from explainers.views import blurred
 
 Losses = Callable[[Tensor], Float[Tensor, " b"]]
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from classifiers.network import Network
 from classifiers.optimisation import Optimisation
-from explainers.learned.base import LearnedExplainer, Weights
 from explainers.learned.generators import Geometry, head
+from explainers.learned.similar_adversarial import SimilarAdversarial, Weights
 
 
-class Adversarial(LearnedExplainer):
+class Adversarial(SimilarAdversarial):
     """One U-Net; the image itself stands for the similar one: E(x) = abs(x - g_a(x)) (Eq. 1).
 
     Its objective (Eq. 2) is l_a d(x, x_a) + c_a BCE(f(x_a), 1 - y) + t TV(x - x_a): the weights of
@@ -30,7 +30,7 @@ class Adversarial(LearnedExplainer):
         margin: m of Eq. 10, logits.
 
     Raises:
-        ValueError: As `LearnedExplainer`.
+        ValueError: As `SimilarAdversarial`.
     """
 
     def __init__(

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from classifiers.network import Network
 from classifiers.optimisation import Optimisation
-from explainers.learned.base import LearnedExplainer, Weights
 from explainers.learned.generators import Geometry, head, trainable
+from explainers.learned.similar_adversarial import SimilarAdversarial, Weights
 
 
-class Duo(LearnedExplainer):
+class Duo(SimilarAdversarial):
     """Two U-Nets of one geometry, one per output; L_G compares all their trainable weights.
 
     Args:
@@ -26,7 +26,7 @@ class Duo(LearnedExplainer):
         margin: m of Eq. 10, logits.
 
     Raises:
-        ValueError: As `LearnedExplainer`.
+        ValueError: As `SimilarAdversarial`.
     """
 
     def __init__(

@@ -44,19 +44,20 @@ class Geometry:
                 f"widths of a U-Net must be two or more positive numbers, but got {self.widths}."
             )
 
-    def build(self) -> tuple[nn.Module, int]:
+    def build(self, planes: int = 0) -> tuple[nn.Module, int]:
         """A U-Net from images to features of the same size, and the number of its features.
 
-        Its weights are laid out channels last, which convolves faster on CPUs and GPUs.
+        It takes ``planes`` more channels than the images have. Its weights are laid out channels
+        last, which convolves faster on CPUs and GPUs.
         """
         unet: nn.Module
-        features = self.widths[0]
+        features, inputs = self.widths[0], self.channels + planes
         if self.unet == "residual":
-            unet, features = ResidualUNet(self.channels, self.widths), 2 * features
+            unet, features = ResidualUNet(inputs, self.widths), 2 * features
         elif self.unet == "plain":
-            unet = PlainUNet(self.channels, self.widths)
+            unet = PlainUNet(inputs, self.widths)
         else:
-            unet = Encoded(self.unet, self.channels, self.widths, self.encoder_weights)
+            unet = Encoded(self.unet, inputs, self.widths, self.encoder_weights)
         return unet.to(memory_format=torch.channels_last), features
 
     def squash(self, image: Tensor) -> Tensor:

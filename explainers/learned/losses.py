@@ -82,3 +82,8 @@ def total_variation(image: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     vertical = (image[:, :, 1:] - image[:, :, :-1]).abs().mean()
     horizontal = (image[:, :, :, 1:] - image[:, :, :, :-1]).abs().mean()
     return vertical + horizontal
+
+
+def squared_variation(mask: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+    """Mean squared difference along each axis, the two added (the TV of arXiv:1705.07857)."""
+    return mask.diff(dim=2).square().mean() + mask.diff(dim=3).square().mean()

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from classifiers.network import Network
 from classifiers.optimisation import Optimisation
-from explainers.learned.base import LearnedExplainer, Weights
 from explainers.learned.generators import Geometry, authors_head, head
+from explainers.learned.similar_adversarial import SimilarAdversarial, Weights
 
 
-class Single(LearnedExplainer):
+class Single(SimilarAdversarial):
     """Single_k: a shared U-Net, then two identical CNNs of k 3x3 convolutions, one per output.
 
     L_G compares the weights of the two CNNs.
@@ -29,7 +29,7 @@ class Single(LearnedExplainer):
         margin: m of Eq. 10, logits.
 
     Raises:
-        ValueError: If ``convolutions`` is below 1, or as `LearnedExplainer`.
+        ValueError: If ``convolutions`` is below 1, or as `SimilarAdversarial`.
     """
 
     def __init__(

@@ -14,13 +14,13 @@ from explainers.attribution.masks import (
     BBMP,
     ExtremalPerturbation,
     at_blur,
-    blurred,
     grid,
     smooth_max,
     sorted_mask,
     variation,
 )
 from explainers.attribution.perceptual import PerceptualPerturbation, lbfgs, lead
+from explainers.views import blurred
 
 
 class Spot(nn.Module):

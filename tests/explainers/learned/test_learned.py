@@ -17,10 +17,15 @@ from classifiers.network import Network, load_network
 from classifiers.optimisation import Optimisation
 from explainers.learned import (
     Adversarial,
+    CyCE,
+    CycleWeights,
     Duo,
     Geometry,
     LearnedExplainer,
+    MaskGenerator,
+    MaskWeights,
     Single,
+    SyCE,
     Weights,
     load_explainer,
 )
@@ -349,6 +354,11 @@ BUILDS: dict[str, Build] = {
     "encoder": lambda f: Single(f, 1, None, Geometry("resnet18", (4, 6)), QUICK),
     "Duo": lambda f: Duo(f, WEIGHTS, SMALL, QUICK),
     "Adversarial": lambda f: Adversarial(f, WEIGHTS, SMALL, QUICK),
+    "MaskGenerator": lambda f: MaskGenerator(
+        f, True, "noise", 0.1, MaskWeights(1.0, 2.0, 3.0, 0.4), SMALL, QUICK
+    ),
+    "SyCE": lambda f: SyCE(f, CycleWeights(symmetry=3.0), SMALL, QUICK, (4, 6)),
+    "CyCE": lambda f: CyCE(f, None, SMALL, QUICK, (4,)),
 }
 
 
@@ -425,7 +435,7 @@ def test_loading_never_downloads_the_encoders_weights(tmp_path: Path) -> None:
 )
 def test_a_file_without_an_explainer_is_named(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"other.ckpt' holds none of \['Adversarial', 'Duo'"):
+    with pytest.raises(ValueError, match=r"other.ckpt' holds none of \['Adversarial', 'CyCE'"):
         load_explainer(tmp_path / "other.ckpt")
 
 
