@@ -31,7 +31,7 @@ class MaskWeights:
     """
 
     variation: float = 10.0
-    area: float = 1.0
+    area: float = 3.0
     destroy: float = 5.0
     exponent: float = 0.3
 
