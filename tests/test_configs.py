@@ -66,7 +66,7 @@ def test_one_batch(
     if preset.stem != "classifier":
         arguments += ["--model.network", str(classifiers[data])]
     trainer = main(arguments).trainer
-    assert trainer.global_step == 1
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 1
     assert trainer.callback_metrics["val/loss"].isfinite()
 
 
