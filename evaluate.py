@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,8 @@ def compare(
     views: Views | None = None,
     smoothing: tuple[float, ...] = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1),
     split: Literal["val", "test"] = "test",
+    limits: dict[str, scoring.Limit] | None = None,
+    reference: str | None = None,
     out: str = "runs/compare",
     pictured: int = 8,
     seed: int = 0,
@@ -58,6 +60,9 @@ def compare(
         smoothing: Sigmas (share of the image side) from which each method's own is chosen by
             average precision on the validation split; (0) scores raw maps alone.
         split: Scored split.
+        limits: Methods, by the name of their row, that are too slow for all images, and how many
+            annotated ones they are scored on.
+        reference: Method whose best row the others are held against, beside the best control's.
         out: Folder that everything is written to.
         pictured: Images on the page.
         seed: Of everything that draws.
@@ -85,7 +90,8 @@ def compare(
     images = scoring.classified(network, data.loader(split), groups, fabric.device)
     content = [scoring.digest(data.loader("val")), scoring.digest(data.loader(split))]
     finished = Finished(Path(out) / "finished", content, views, smoothing)
-    scores, costs = score(entries, data, split, views, smoothing, fabric.device, finished)
+    limits = checked_limits(limits or {}, entries)
+    scores, costs = score(entries, data, split, views, smoothing, limits, fabric.device, finished)
     for name, explainer in learned.items():
         scores += scoring.score_generated(
             name, explainer, network, data.loader(split), fabric.device
@@ -94,7 +100,7 @@ def compare(
         per_image = pd.DataFrame(scores)
         per_image.insert(1, "group", per_image["id"].map(groups))
         results = Results(per_image, images, pd.DataFrame(costs))
-        shown = results.write(Path(out))
+        shown = results.write(Path(out), reference)
         sources = {"Classifier": classifier, **(explainers or {})}
         facts = {
             "Data": f"{type(data).__name__}, {split} split, {len(images)} images, "
@@ -105,18 +111,19 @@ def compare(
             "Checkpoints": ", ".join(f"{name}: {path}" for name, path in sources.items()),
         }
         gallery = pictured_images(
-            entries, results.costs, data, split, views, pictured, fabric.device
+            entries, results.costs, data, split, views, limits, pictured, fabric.device
         )
         page = report.html_page("Explainers compared", facts, shown, gallery)
         (Path(out) / "report.html").write_text(page)
 
 
-def pool(folders: list[str], out: str) -> None:
+def pool(folders: list[str], out: str, reference: str | None = None) -> None:
     """Pool comparisons of several seeds: the mean over seeds per image, intervals over images.
 
     Args:
         folders: Out folders of compare, one per seed, with the same methods and images.
         out: Folder that the pooled tables and scores are written to.
+        reference: Method whose best row the others are held against.
     """
     parts = [Results.read(Path(folder)) for folder in folders]
 
@@ -124,7 +131,7 @@ def pool(folders: list[str], out: str) -> None:
         pd.concat([part.assign(seed=seed) for seed, part in enumerate(kind)])
         for kind in zip(*((p.scores, p.images, p.costs) for p in parts), strict=True)
     )
-    Results(scores, images, costs).write(Path(out))
+    Results(scores, images, costs).write(Path(out), reference)
 
 
 def same_classifier(explainer: LearnedExplainer, network: Network, name: str) -> LearnedExplainer:
@@ -137,6 +144,16 @@ def same_classifier(explainer: LearnedExplainer, network: Network, name: str) ->
             "differ); give its own classifier, or train it again."
         )
     return explainer
+
+
+def checked_limits(
+    limits: dict[str, scoring.Limit], entries: Sequence[scoring.Entry]
+) -> dict[str, scoring.Limit]:
+    """The limits, or a ValueError where one is for a method that is not compared."""
+    unknown = sorted(set(limits) - {entry.name for entry in entries})
+    if unknown:
+        raise ValueError(f"limits name {unknown}, which are none of the compared methods.")
+    return limits
 
 
 def controls(network: Network, data: ImageDataModule, seed: int) -> list[scoring.Entry]:
@@ -158,6 +175,7 @@ def score(
     split: Literal["val", "test"],
     views: Views | None,
     smoothing: Sequence[float],
+    limits: Mapping[str, scoring.Limit],
     device: torch.device,
     finished: Finished,
 ) -> tuple[scoring.Rows, scoring.Rows]:
@@ -171,11 +189,15 @@ def score(
         for entry, variant in jobs:
             form = "views" if variant else "plain"
             progress.update(task, description=f"{entry.name}, {form}")
-            path = finished.path(entry, form)
+            limit = limits.get(entry.name, scoring.Limit())
+            count = limit.views if variant else limit.plain
+            path = finished.path(entry.explainer, entry.name, entry.control, form, count)
             known = finished.read(path)
             if known is None:
-                validation = scoring.annotated(data.loader("val"), device)
-                scored = scoring.annotated(data.loader(split), device)
+                validation, scored = (
+                    scoring.annotated(loader, device, scoring.drawn(loader, count))
+                    for loader in (data.loader("val"), data.loader(split))
+                )
                 known = scoring.score_entry(entry, validation, scored, variant, smoothing)
                 if path:
                     rank_zero_only(finished.write)(path, known)
@@ -194,12 +216,15 @@ def pictured_images(
     data: ImageDataModule,
     split: Literal["val", "test"],
     views: Views | None,
+    limits: Mapping[str, scoring.Limit],
     count: int,
     device: torch.device,
 ) -> dict[str, list[report.Picture]]:
-    """The first annotated images with the smoothed map of every method, controls left out."""
+    """The first annotated images with the smoothed map of every method, controls left out.
+
+    Methods with a limit are too slow for views here.
+    """
     sigma = costs.set_index(["method", "views"])["sigma"]
-    form = "views" if views and views.count else "plain"
     gallery: dict[str, list[report.Picture]] = {}
     for batch in data.loader(split):
         chosen = batch["has_mask"].nonzero().flatten()[: count - len(gallery)]
@@ -215,7 +240,9 @@ def pictured_images(
                     generated = entry.explainer.eval()(image)
                 names = (f"{entry.name}: similar", f"{entry.name}: adversarial")
                 columns |= dict(zip(names, map(pictures.rgb, generated), strict=True))
-            raw = entry.explainer.explain(image, views=views, smoothing=sigma[entry.name, form])
+            shown = None if entry.name in limits or not views or not views.count else views
+            smoothing = sigma[entry.name, "views" if shown else "plain"]
+            raw = entry.explainer.explain(image, views=shown, smoothing=smoothing)
             columns[entry.name] = pictures.heat(raw)
             columns[f"{entry.name}, top 5 %"] = pictures.outlined(pictures.tinted(image, raw), mask)
         for k, index in enumerate(chosen.tolist()):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import subprocess
 import sys
 from io import BytesIO
@@ -22,7 +23,7 @@ from datamodules.base import Loading
 from explainers import Views, load_explainer
 from explainers.attribution import GradCAM, Gradient, SmoothGrad
 from explainers.evaluation import compare as scoring
-from explainers.evaluation.finished import Finished
+from explainers.evaluation.finished import Finished, source_of
 from explainers.evaluation.metrics import localisation_scores
 from explainers.evaluation.results import Results
 from explainers.views import smooth
@@ -276,6 +277,76 @@ def test_a_finished_row_is_found_by_all_that_it_follows_from(tmp_path: Path) -> 
     changed = [batch, {**batch, "image": pixels}, {**batch, "mask": masks}]
     assert len({tuple(scoring.digest([one])) for one in changed}) == 3
     assert Finished(tmp_path).path(lambda: 1) is None
+
+
+def test_the_source_counts_as_far_as_a_method_follows_from_it() -> None:
+    name = "explainers.attribution."
+    texts = {
+        module: (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        for module in (f"{name}gradient", f"{name}scores", f"{name}cam", "explainers.views")
+    }
+    plain, cam = source_of(SmoothGrad), source_of(GradCAM)
+    for module, text in texts.items():
+        assert (text in plain) == (module != f"{name}cam"), module
+        assert (text in cam) == (module != f"{name}gradient"), module
+    scored = source_of(GradCAM, "explainers.evaluation.compare")
+    metrics = ROOT / "explainers" / "evaluation" / "metrics" / "localisation.py"
+    assert metrics.read_text() in scored
+
+
+def test_a_limit_scores_the_same_few_images_whatever_their_order(
+    phantom_classifier: Path, tmp_path: Path
+) -> None:
+    limits = {"Gradient": scoring.Limit(views=3)}
+    evaluate.compare(
+        phantom(),
+        str(phantom_classifier),
+        methods={"Gradient": Gradient, "SmoothGrad": lambda f: SmoothGrad(f, samples=2)},
+        views=Views(count=2),
+        smoothing=(0.0,),
+        limits=limits,
+        reference="SmoothGrad",
+        out=str(tmp_path),
+        pictured=1,
+        accelerator="cpu",
+    )
+    scores = Results.read(tmp_path).scores.query("metric == 'average_precision'")
+    ids = scores.groupby(["method", "views"])["id"].apply(set)
+    everything = ids["SmoothGrad", "views"]
+    assert ids["Gradient", "plain"] == everything
+    assert len(everything) > 3
+    backwards = list(phantom().loader("test"))[::-1]
+    assert ids["Gradient", "views"] == set(scoring.drawn(backwards, 3) or [])
+    table = (tmp_path / "table.md").read_text().splitlines()
+    (row,) = (line for line in table if line.startswith("| Gradient | views | raw"))
+    assert "| 3 |" in row
+    assert "AP minus reference (SmoothGrad, " in (tmp_path / "table.tex").read_text()
+    with pytest.raises(ValueError, match=r"limits name \['RISE'\]"):
+        evaluate.checked_limits({"RISE": scoring.Limit(4)}, [])
+
+
+def test_an_unknown_reference_lists_the_methods(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reference 'RISE' is none of \['Single'"):
+        evaluate.pool([str(results)], str(tmp_path), "RISE")
+
+
+def test_the_example_of_a_new_method_is_compared(
+    phantom_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code, preset = re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 15
+    (tmp_path / "contrast.py").write_text(code)
+    data = "{class_path: datamodules.Phantom, init_args: {train: 9, val: 8, test: 9, "
+    data += "loading: {size: 32, batch_size: 4}}}"
+    rest = f"data: {data}\nclassifier: {phantom_classifier}\nout: {tmp_path}/out\npictured: 1\n"
+    (tmp_path / "compare.yaml").write_text(preset + rest)
+    command = [sys.executable, "evaluate.py", "compare", "--config", f"{tmp_path}/compare.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    scores = Results.read(tmp_path / "out").scores
+    assert (scores["method"] == "Contrast").any()
 
 
 def test_pool_takes_the_mean_over_seeds(results: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -38,6 +38,19 @@ class Entry:
     control: bool = False
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How many annotated images a slow method is scored on, drawn by a hash of their ids.
+
+    Attributes:
+        plain: Of the plain maps; all by default.
+        views: Of the maps averaged over views; all by default.
+    """
+
+    plain: int | None = None
+    views: int | None = None
+
+
 @dataclass
 class Cost:
     """What explaining took, smoothing and scoring left out.
@@ -62,16 +75,27 @@ class Cost:
         return {"seconds": seconds, "megabytes": max(cost[2] for cost in costs)}
 
 
-def annotated(batches: Iterable[Batch], device: torch.device) -> Iterator[dict[str, Any]]:
-    """The images that have a mask, with id and mask, on the device."""
+def annotated(
+    batches: Iterable[Batch], device: torch.device, only: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The images that have a mask, with id and mask, on the device; ``only`` some if given."""
     for batch in batches:
-        chosen = batch["has_mask"].nonzero().flatten()
+        wanted = torch.tensor([only is None or name in only for name in batch["id"]])
+        chosen = (batch["has_mask"] & wanted).nonzero().flatten()
         if len(chosen):
             yield {
                 "id": [batch["id"][k] for k in chosen.tolist()],
                 "image": batch["image"][chosen].to(device),
                 "mask": batch["mask"][chosen].to(device),
             }
+
+
+def drawn(batches: Iterable[Batch], count: int | None) -> list[str] | None:
+    """Ids of ``count`` annotated images, the same whatever their order; None without a count."""
+    if count is None:
+        return None
+    ids = [k for b in batches for k, there in zip(b["id"], b["has_mask"], strict=True) if there]
+    return sorted(gathered(ids), key=lambda name: sha256(name.encode()).hexdigest())[:count]
 
 
 def choose_smoothing(

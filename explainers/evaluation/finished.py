@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import sys
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+PACKAGE = __name__.split(".")[0]
+SCORING = f"{PACKAGE}.evaluation.compare"
+IMPORTS = re.compile(rf"^(?:from|import) ({PACKAGE}[\w.]*)", re.MULTILINE)
 
 
 class ByValue(pickle.Pickler):
@@ -28,8 +34,8 @@ class ByValue(pickle.Pickler):
 class Finished:
     """Results by the content of all that they follow from, one JSON file each.
 
-    The files are named by a hash of the given facts, of what a result is asked for and of this
-    package's source, so that a change of any of them computes anew.
+    The files are named by a hash of the given facts, of what a result is asked for and of the
+    source that it follows from, so that a change of any of them computes anew.
 
     Args:
         folder: Where the files lie; made when the first is written.
@@ -37,15 +43,15 @@ class Finished:
     """
 
     def __init__(self, folder: Path, *facts: object) -> None:
-        source = Path(__file__).parents[1]
-        code = [path.read_bytes() for path in sorted(source.rglob("*.py"))]
-        self.folder, self.facts = folder, (facts, code)
+        self.folder, self.facts = folder, facts
 
-    def path(self, *wanted: object) -> Path | None:
-        """File of a result; None where its content cannot be pickled, which is never kept."""
+    def path(self, explainer: object, *wanted: object) -> Path | None:
+        """File of an explainer's result; None where its content cannot be pickled: never kept."""
         content = BytesIO()
         try:
-            ByValue(content).dump((self.facts, wanted))
+            ByValue(content).dump(
+                (self.facts, explainer, wanted, source_of(type(explainer), SCORING))
+            )
         except (pickle.PicklingError, TypeError, AttributeError):
             return None
         return self.folder / f"{sha256(content.getvalue()).hexdigest()[:20]}.json"
@@ -60,3 +66,22 @@ class Finished:
     def read(self, path: Path | None) -> Any:
         """The result, or None where it is not there."""
         return json.loads(path.read_text()) if path and path.exists() else None
+
+
+def source_of(cls: type, *modules: str) -> list[str]:
+    """Source of the modules that define a class and its parents, and of modules by name.
+
+    With all that they import from this package. What other packages hold does not count, but for
+    the class itself: theirs is the versions' business.
+    """
+    waiting = {parent.__module__ for parent in cls.__mro__[:-1]} | set(modules)
+    sources: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if name in sources or not path:
+            continue
+        sources[name] = Path(path).read_text() if path.endswith(".py") else ""
+        if name.split(".")[0] == PACKAGE:
+            waiting |= set(IMPORTS.findall(sources[name]))
+    return [sources[name] for name in sorted(sources)]

@@ -31,20 +31,30 @@ class Results:
     images: pd.DataFrame
     costs: pd.DataFrame
 
-    def write(self, out: Path) -> dict[str, pd.DataFrame]:
-        """Write the three as CSV, table.csv (long form) and table.md; gives the tables shown."""
+    def write(self, out: Path, reference: str | None = None) -> dict[str, pd.DataFrame]:
+        """Write the three as CSV, table.csv (long form), table.md and table.tex.
+
+        Args:
+            out: Folder, made if it is not there.
+            reference: Method whose best row the others are held against.
+
+        Returns:
+            The tables shown, by their heading.
+        """
         out.mkdir(parents=True, exist_ok=True)
         write_scores(self.scores, out / "scores.csv")
         self.images.to_csv(out / "images.csv", index=False)
         self.costs.to_csv(out / "costs.csv", index=False)
         long = long_table(self.scores, self.images)
         long.to_csv(out / "table.csv", index=False)
-        shown = {"Localisation": wide_table(long, self.scores, self.costs)}
+        shown = {"Localisation": wide_table(long, self.scores, self.costs, reference)}
         if (self.scores["metric"] == "kept").any():
             shown["Generated images"] = generated_table(long)
         shown["Classifier"] = classifier_table(long)
         text = [f"## {name}\n\n{markdown(table)}" for name, table in shown.items()]
         (out / "table.md").write_text("\n".join(text))
+        latex = [table.to_latex(index=False, escape=True) for table in shown.values()]
+        (out / "table.tex").write_text("\n".join(latex))
         return shown
 
     @classmethod

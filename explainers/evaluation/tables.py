@@ -124,9 +124,9 @@ def auc_interval(images: pd.DataFrame, name: str, samples: int = 2000, seed: int
     return Interval(float(np.mean(means)), float(low), float(high), len(first))
 
 
-def best_control(scores: pd.DataFrame, controls: Sequence[str]) -> Row | None:
-    """The control row with the highest mean average precision; None without controls."""
-    chosen = scores[scores["method"].isin(list(controls))]
+def best_row(scores: pd.DataFrame, methods: Sequence[str]) -> Row | None:
+    """The row of these methods with the highest mean average precision; None without any."""
+    chosen = scores[scores["method"].isin(list(methods))]
     chosen = chosen[chosen["metric"] == "average_precision"]
     if chosen.empty:
         return None
@@ -135,13 +135,19 @@ def best_control(scores: pd.DataFrame, controls: Sequence[str]) -> Row | None:
     return Row(*(str(best[name]) for name in ROW))
 
 
-def wide_table(table: pd.DataFrame, scores: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+def wide_table(
+    table: pd.DataFrame, scores: pd.DataFrame, costs: pd.DataFrame, reference: str | None = None
+) -> pd.DataFrame:
     """One line per method, views and smoothing: means with 95 % intervals as text, and costs.
 
     Args:
         table: Of `long_table`.
-        scores: Per image, for the paired difference to the best control.
+        scores: Per image, for the paired differences.
         costs: Columns method, views, control, sigma, seconds (per image), megabytes.
+        reference: Method whose best row the others are held against, as against the best control.
+
+    Raises:
+        ValueError: If no such method was scored.
     """
     localised = table[table["metric"].isin(list(HEADS))]
     cells = pd.Series([interval_text(line) for line in localised.itertuples()], localised.index)
@@ -149,12 +155,21 @@ def wide_table(table: pd.DataFrame, scores: pd.DataFrame, costs: pd.DataFrame) -
     wide = cells.unstack("metric", sort=False).reindex(columns=list(HEADS)).rename(columns=HEADS)
     counted = localised[localised["metric"] == "average_precision"]
     wide["images"] = counted.set_index(ROW)["n"]
-    reference = best_control(scores, costs.loc[costs["control"], "method"].unique().tolist())
+    held = {
+        "best control": best_row(scores, costs.loc[costs["control"], "method"].unique().tolist())
+    }
     if reference is not None:
-        paired = compare_to(scores, "average_precision", reference)
-        text = pd.Series([interval_text(line, "+") for line in paired.itertuples()], dtype=str)
-        text.index = pd.MultiIndex.from_frame(paired[ROW])
-        wide["AP minus best control (" + ", ".join(reference) + ")"] = text
+        held["reference"] = best_row(scores, [reference])
+        if held["reference"] is None:
+            raise ValueError(
+                f"reference {reference!r} is none of {scores['method'].unique().tolist()}."
+            )
+    for name, row in held.items():
+        if row is not None:
+            paired = compare_to(scores, "average_precision", row)
+            text = pd.Series([interval_text(line, "+") for line in paired.itertuples()], dtype=str)
+            text.index = pd.MultiIndex.from_frame(paired[ROW])
+            wide[f"AP minus {name} ({', '.join(row)})"] = text
     cost = costs.groupby(["method", "views"])[["sigma", "seconds", "megabytes"]].mean()
     keys = wide.index.to_frame()
     lines = [cost.loc[key] for key in zip(keys["method"], keys["views"], strict=True)]

@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 from explainers.evaluation.statistics import Row
 from explainers.evaluation.tables import (
     auc_interval,
-    best_control,
+    best_row,
     classifier_rows,
     decision_rows,
     generated_table,
@@ -142,10 +142,10 @@ def test_a_column_that_begins_with_p_is_no_class() -> None:
     assert list(classifier_rows(table)["metric"]) == ["accuracy", "auc"]
 
 
-def test_wide_table_holds_difference_to_the_best_control() -> None:
+def test_wide_table_holds_difference_to_the_best_row() -> None:
     table = images()
     values = scores(table)
-    assert best_control(values, ["Random map", "Centred Gaussian"]) == Row("Centred Gaussian")
+    assert best_row(values, ["Random map", "Centred Gaussian"]) == Row("Centred Gaussian")
     wide = wide_table(long_table(values, table), values, costs()).set_index("method")
     column = "AP minus best control (Centred Gaussian, plain, raw)"
     assert wide.loc["Good", column] == "+0.500 [+0.500, +0.500]"
@@ -157,7 +157,7 @@ def test_wide_table_holds_difference_to_the_best_control() -> None:
 
 
 def test_without_controls_there_is_no_best_one() -> None:
-    assert best_control(scores(images()), []) is None
+    assert best_row(scores(images()), []) is None
 
 
 def test_markdown_by_hand() -> None:
