@@ -326,7 +326,7 @@ def test_the_negative_map_of_one_logit_is_the_other_class_positive_one() -> None
 )
 def test_transformers_have_maps_at_a_named_layer(backbone: str, layer: str, side: int) -> None:
     network, image = shared(backbone), images(1, side, side)
-    for method in (GradCAM, HiResCAM, EigenCAM):
+    for method in (GradCAM, EigenCAM):
         maps = method(network, layer).explain(image)
         assert maps.shape == (1, side, side)
         assert maps.std() > 0

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from classifiers.network import Network
 from explainers import attribution
+from explainers.attribution import regions
 from explainers.base import Explainer
 from explainers.views import Views
 
@@ -46,6 +47,12 @@ METHODS: dict[str, Callable[[Network], Explainer]] = {
 COLOUR = {"SmoothGrad", "SmoothGradIG", "GradientSHAP"}  # noise differs between channels
 COLOUR |= {"PerceptualPerturbation", "XRAI"}  # a change, or an edge, in three channels is larger
 CONTROLS = {"RandomMap", "CentredGaussian", "MeanMask", "EdgeMap", "mean_mask"}
+
+
+@pytest.fixture(autouse=True)
+def one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XRAI's segmentation at one of its six scales, which is most of its time on small images."""
+    monkeypatch.setattr(regions, "SCALES", (250,))
 
 
 def test_every_method_is_tested() -> None:

@@ -10,6 +10,7 @@ from skimage.data import camera
 from torch import Tensor
 from torch.testing import assert_close
 
+from explainers.attribution import regions
 from explainers.attribution.regions import XRAI, dilated, ranked, segments
 from explainers.attribution.scores import ClassScores
 
@@ -62,7 +63,10 @@ def test_dilation_by_hand() -> None:
     ]
 
 
-def test_the_attribution_is_integrated_from_black_and_from_white() -> None:
+def test_the_attribution_is_integrated_from_black_and_from_white(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(regions, "SCALES", (250,))
     network, image, target = small(3), images(channels=3), torch.tensor([2, 0, 1])
     oracle = captum.attr.IntegratedGradients(ClassScores(network))
     lines = [oracle.attribute(image, baseline, target, n_steps=6) for baseline in (0.0, 1.0)]

@@ -139,8 +139,7 @@ def test_the_discriminators_levels() -> None:
     assert judge(torch.rand(2, 3, 24, 24)).shape == (2,)
 
 
-@pytest.mark.parametrize("build", CLASSES)
-@pytest.mark.parametrize("schedule", ["one_cycle", "plateau"])
+@pytest.mark.parametrize(("build", "schedule"), [(SyCE, "one_cycle"), (CyCE, "plateau")])
 def test_training_moves_every_part_and_flips_decisions(
     build: type[SyCE] | type[CyCE],
     schedule: Literal["one_cycle", "plateau"],
@@ -150,9 +149,9 @@ def test_training_moves_every_part_and_flips_decisions(
     optimisation = Optimisation(learning_rate=1e-2, schedule=schedule, patience=1)
     explainer = build(bright(), None, SMALL, optimisation, (4,))
     before = {name: value.clone() for name, value in explainer.state_dict().items()}
-    data = DataLoader([{"image": both(6, k)} for k in range(40)], batch_size=None)  # type: ignore[arg-type]
+    data = DataLoader([{"image": both(6, k)} for k in range(30)], batch_size=None)  # type: ignore[arg-type]
     trainer = Trainer(
-        max_epochs=3,
+        max_epochs=2,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
