@@ -113,7 +113,8 @@ def compare(
         gallery = pictured_images(
             entries, results.costs, data, split, views, limits, pictured, fabric.device
         )
-        page = report.html_page("Explainers compared", facts, shown, gallery)
+        plots = {path.stem: path.read_bytes() for path in sorted(Path(out).glob("*.png"))}
+        page = report.html_page("Explainers compared", facts, shown, gallery, plots)
         (Path(out) / "report.html").write_text(page)
 
 

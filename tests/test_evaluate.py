@@ -187,8 +187,8 @@ def test_kept_and_flipped_per_decided_class(results: Path, phantom_single: Path)
 def test_page_stands_alone_and_shows_pictures(results: Path) -> None:
     page = BeautifulSoup((results / "report.html").read_text(), "html.parser")
     images = page.find_all("img")
-    # outlined image, similar, adversarial, and map and top 5 % of the three methods
-    assert len(images) == 2 * (1 + 2 + 3 * 2)
+    # outlined image, similar, adversarial, and map and top 5 % of the three methods; three plots
+    assert len(images) == 2 * (1 + 2 + 3 * 2) + 3
     for image in images:
         prefix, data = str(image["src"]).split(",", 1)
         assert prefix == "data:image/png;base64"

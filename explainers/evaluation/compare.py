@@ -19,7 +19,13 @@ from torch import distributed as dist
 
 from classifiers.network import Network, decide, probabilities
 from explainers.base import Explainer
-from explainers.evaluation.metrics import flipped, image_similarity, kept, localisation_scores
+from explainers.evaluation.metrics import (
+    flipped,
+    image_similarity,
+    kept,
+    localisation_scores,
+    operating_points,
+)
 from explainers.views import Views, smooth
 
 Batch = Mapping[str, Any]
@@ -123,7 +129,9 @@ def choose_smoothing(
     for batch in batches:
         raw = explainer.explain(batch["image"], views=views)
         for k, sigma in enumerate(candidates):
-            scores = localisation_scores(smooth(raw, sigma), batch["mask"])
+            maps = smooth(raw, sigma)
+            scores = localisation_scores(maps, batch["mask"])
+            scores |= operating_points(maps, batch["mask"])
             total[k] += scores["average_precision"].double().nansum().cpu()
     total = torch.stack(gathered([total])).sum(0)
     if not total.any():
@@ -177,7 +185,9 @@ def score_maps(
         with measured(cost, batch["image"]):
             raw = entry.explainer.explain(batch["image"], views=views)
         for name, sigma in sigmas.items():
-            scores = localisation_scores(smooth(raw, sigma), batch["mask"])
+            maps = smooth(raw, sigma)
+            scores = localisation_scores(maps, batch["mask"])
+            scores |= operating_points(maps, batch["mask"])
             row = {"method": entry.name, "views": "views" if views else "plain", "smoothing": name}
             rows += long_form(batch["id"], scores, row)
     return gathered(rows), cost

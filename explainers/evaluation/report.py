@@ -29,7 +29,7 @@ class Picture:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
         buffer = BytesIO()
         image.save(buffer, "PNG", optimize=True)
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return png_uri(buffer.getvalue())
 
 
 PAGE = """<!doctype html>
@@ -45,6 +45,7 @@ th { background: #f3f6f9; position: sticky; top: 0 }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; margin: .4rem 0 1.4rem }
 figure { margin: 0; width: 164px } figcaption { font-size: 12px; color: #4a5666 }
 img { width: 160px; image-rendering: pixelated; border: 1px solid #dde3ea }
+.plot { width: min(100%, 55rem); border: 0; image-rendering: auto }
 dt { font-weight: 600 } dd { margin: 0 0 .4rem 0; overflow-wrap: anywhere }
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -54,6 +55,8 @@ dt { font-weight: 600 } dd { margin: 0 0 .4rem 0; overflow-wrap: anywhere }
 {% for line in table.values.tolist() %}
 <tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endfor %}
+{% if plots %}<h2>Plots</h2>{% for name, uri in plots.items() %}
+<img class="plot" alt="{{ name }}" src="{{ uri }}">{% endfor %}{% endif %}
 <h2>Pictures</h2>
 <p>Outline: the annotated evidence. Tinted: the pixels at or above the map's 95th percentile.</p>
 {% for name, pictures in gallery.items() %}<h3>{{ name }}</h3><div class="row">
@@ -69,7 +72,14 @@ def html_page(
     facts: Mapping[str, str],
     tables: Mapping[str, pd.DataFrame],
     gallery: Mapping[str, Sequence[Picture]],
+    plots: Mapping[str, bytes] | None = None,
 ) -> str:
-    """One self-contained HTML page; every text is escaped."""
+    """One self-contained HTML page; every text is escaped, plots are PNG files."""
     template = Environment(autoescape=True).from_string(PAGE)
-    return template.render(title=title, facts=facts, tables=tables, gallery=gallery)
+    uris = {name: png_uri(content) for name, content in (plots or {}).items()}
+    return template.render(title=title, facts=facts, tables=tables, gallery=gallery, plots=uris)
+
+
+def png_uri(content: bytes) -> str:
+    """A PNG file as a data URI, so that the page stands alone."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()

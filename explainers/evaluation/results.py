@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from explainers.evaluation.figures import plots
 from explainers.evaluation.statistics import read_scores, write_scores
 from explainers.evaluation.tables import (
     classifier_table,
@@ -32,7 +33,7 @@ class Results:
     costs: pd.DataFrame
 
     def write(self, out: Path, reference: str | None = None) -> dict[str, pd.DataFrame]:
-        """Write the three as CSV, table.csv (long form), table.md and table.tex.
+        """Write the three as CSV, table.csv (long form), table.md, table.tex and the plots (PNG).
 
         Args:
             out: Folder, made if it is not there.
@@ -55,6 +56,8 @@ class Results:
         (out / "table.md").write_text("\n".join(text))
         latex = [table.to_latex(index=False, escape=True) for table in shown.values()]
         (out / "table.tex").write_text("\n".join(latex))
+        for name, content in plots(long, self.costs).items():
+            (out / f"{name}.png").write_bytes(content)
         return shown
 
     @classmethod

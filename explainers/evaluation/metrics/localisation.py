@@ -190,6 +190,22 @@ def localisation_scores(
     return dict(zip(score_names(percentiles), torch.cat(scores, 1), strict=True))
 
 
+def operating_points(
+    saliency: Float[Tensor, "b h w"],
+    mask: Bool[Tensor, "b h w"],
+    percentiles: Sequence[float] = PERCENTILES,
+) -> dict[str, Float64[Tensor, " b"]]:
+    """Precision and recall of each map at its own percentiles: "precision_80", "recall_80", ...
+
+    NaN where the mask is empty.
+    """
+    curve = curve_at(rank(saliency, mask), percentiles)
+    points: dict[str, Tensor] = {}
+    for name, values in (("precision", curve.precision), ("recall", curve.recall)):
+        points |= {f"{name}_{p:g}": v for p, v in zip(percentiles, values.unbind(1), strict=True)}
+    return points
+
+
 def _scores(ranked: Ranked, percentiles: Sequence[float]) -> Float64[Tensor, "s b"]:
     curve, ious = curve_at(ranked, CURVE), curve_at(ranked, percentiles).iou
     areas = [total_auc(curve), partial_auc(curve)]

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, precision_score, recall_score
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -23,6 +23,7 @@ from explainers.evaluation.metrics.localisation import (
     Localisation,
     average_precision,
     localisation_scores,
+    operating_points,
     partial_auc,
     percentile_curve,
     percentile_iou,
@@ -266,3 +267,19 @@ def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
     assert alone["identical"] == 1
     assert first == second
     assert first == pytest.approx(alone, abs=1e-6)
+
+
+def test_operating_points_are_scikit_learns() -> None:
+    generator = torch.Generator().manual_seed(3)
+    maps = torch.rand(3, 20, 15, generator=generator)
+    mask = torch.rand(3, 20, 15, generator=generator) > 0.8
+    mask[2] = False
+    points = operating_points(maps, mask, (80.0, 97.5))
+    assert list(points) == ["precision_80", "precision_97.5", "recall_80", "recall_97.5"]
+    for k in range(2):
+        for p in (80.0, 97.5):
+            predicted = maps[k].flatten().numpy() >= np.percentile(maps[k].numpy(), p)
+            truth = mask[k].flatten().numpy()
+            assert points[f"precision_{p:g}"][k] == pytest.approx(precision_score(truth, predicted))
+            assert points[f"recall_{p:g}"][k] == pytest.approx(recall_score(truth, predicted))
+    assert all(values[2].isnan() for values in points.values())

@@ -1,0 +1,94 @@
+"""Plots of a comparison: IoU against percentile, precision against recall, quality against time."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from explainers.evaluation.metrics.localisation import PERCENTILES
+from explainers.evaluation.statistics import ROW
+
+SIZE, DPI = (8.0, 5.0), 110
+
+
+def plots(table: pd.DataFrame, costs: pd.DataFrame) -> dict[str, bytes]:
+    """PNG files by name; each method is drawn at its row of the highest average precision.
+
+    Args:
+        table: Long form: method, views, smoothing, metric, mean, low, high, n.
+        costs: Columns method, views, control, seconds (per image).
+    """
+    scored = table[table["metric"] == "average_precision"].set_index(ROW).index
+    means = table.pivot_table("mean", ROW, "metric", sort=False).loc[scored]
+    best = means.loc[means.groupby("method", sort=False)["average_precision"].idxmax().tolist()]
+    controls = set(costs.loc[costs["control"], "method"])
+    drawn = {
+        "iou": lines(best, controls, "iou", "percentile of the map", "IoU"),
+        "quality_time": quality_time(means, costs, controls),
+    }
+    if f"precision_{PERCENTILES[0]:g}" in best:  # not in the files of older comparisons
+        drawn["precision_recall"] = lines(best, controls, "precision", "recall", "precision")
+    return {name: png(figure) for name, figure in drawn.items()}
+
+
+def lines(best: pd.DataFrame, controls: set[str], metric: str, across: str, up: str) -> Figure:
+    """One line a method over the percentiles, against the percentile or against the recall there.
+
+    Args:
+        best: One line a row, metrics across.
+        controls: Methods that are drawn grey.
+        metric: "iou" or "precision".
+        across: Label; "recall" puts the recall there.
+        up: Label.
+    """
+    figure, axes = empty(across, up)
+    colours = iter(colormaps["tab20"].colors * 2)  # type: ignore[attr-defined]
+    names = [f"{p:g}" for p in PERCENTILES]
+    for line in best.reset_index().to_dict("records"):
+        control = line["method"] in controls
+        axes.plot(
+            [line[f"recall_{p}"] for p in names] if across == "recall" else list(PERCENTILES),
+            [line[f"{metric}_{p}"] for p in names],
+            "--" if control else "-",
+            marker="." if not control else None,
+            color="0.6" if control else next(colours),
+            label=f"{line['method']} ({line['views']}, {line['smoothing']})",
+        )
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def quality_time(means: pd.DataFrame, costs: pd.DataFrame, controls: set[str]) -> Figure:
+    """Average precision of each method, plain and with views, raw or smoothed, over its seconds."""
+    figure, axes = empty("seconds per image", "average precision")
+    rows = means["average_precision"].groupby(["method", "views"], sort=False).max()
+    seconds = costs.groupby(["method", "views"])["seconds"].mean()
+    for line in pd.concat([rows, seconds], axis=1, join="inner").reset_index().to_dict("records"):
+        control, at = line["method"] in controls, (line["seconds"], line["average_precision"])
+        marker = "x" if control else ("o" if line["views"] == "plain" else "^")
+        axes.scatter(*at, marker=marker, color="0.6" if control else "tab:blue", s=18)
+        axes.annotate(f" {line['method']}", at, fontsize=6, color="0.5" if control else "0.1")
+    axes.set_xscale("log")
+    axes.set_title("circles: plain, triangles: views, crosses: controls", fontsize=8)
+    return figure
+
+
+def empty(across: str, up: str) -> tuple[Figure, Axes]:
+    """A figure with labelled axes."""
+    figure = Figure(SIZE, DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(color="0.9")
+    return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
