@@ -86,12 +86,12 @@ def compare(
     others = {name: build(network) for name, build in (methods or {}).items()}
     entries = [scoring.Entry(name, one) for name, one in (learned | others).items()]
     entries += controls(network, data, seed)
+    protocol = scoring.Protocol(split, views, smoothing, checked_limits(limits or {}, entries))
     groups = {record.id: record.group for record in data.splits[split]}
     images = scoring.classified(network, data.loader(split), groups, fabric.device)
     content = [scoring.digest(data.loader("val")), scoring.digest(data.loader(split))]
     finished = Finished(Path(out) / "finished", content, views, smoothing)
-    limits = checked_limits(limits or {}, entries)
-    scores, costs = score(entries, data, split, views, smoothing, limits, fabric.device, finished)
+    scores, costs = score(entries, data, protocol, fabric.device, finished)
     for name, explainer in learned.items():
         scores += scoring.score_generated(
             name, explainer, network, data.loader(split), fabric.device
@@ -103,19 +103,33 @@ def compare(
         shown = results.write(Path(out), reference)
         sources = {"Classifier": classifier, **(explainers or {})}
         facts = {
-            "Data": f"{type(data).__name__}, {split} split, {len(images)} images, "
-            f"{per_image['id'][per_image['metric'] == 'average_precision'].nunique()} with a mask",
-            "Views": str(views) if views else "none",
-            "Smoothing": f"chosen on the validation split from {list(smoothing)}",
             "Device": f"{fabric.device}, batches of {data.loading.batch_size}, seed {seed}",
             "Checkpoints": ", ".join(f"{name}: {path}" for name, path in sources.items()),
         }
-        gallery = pictured_images(
-            entries, results.costs, data, split, views, limits, pictured, fabric.device
-        )
-        plots = {path.stem: path.read_bytes() for path in sorted(Path(out).glob("*.png"))}
-        page = report.html_page("Explainers compared", facts, shown, gallery, plots)
-        (Path(out) / "report.html").write_text(page)
+        gallery = pictured_images(entries, results.costs, data, protocol, pictured, fabric.device)
+        write_page(Path(out), results, shown, protocol, type(data).__name__, facts, gallery)
+
+
+def write_page(
+    out: Path,
+    results: Results,
+    shown: Mapping[str, pd.DataFrame],
+    protocol: scoring.Protocol,
+    data: str,
+    facts: Mapping[str, str],
+    gallery: Mapping[str, Sequence[report.Picture]],
+) -> None:
+    """Write report.html: the protocol and other facts, the tables, the plots and the pictures."""
+    masked = results.scores.query("metric == 'average_precision'")["id"].nunique()
+    known = {
+        "Data": f"{data}, {protocol.split} split, {len(results.images)} images, {masked} with a "
+        "mask",
+        "Views": str(protocol.views) if protocol.views else "none",
+        "Smoothing": f"chosen on the validation split from {list(protocol.smoothing)}",
+    }
+    plots = {path.stem: path.read_bytes() for path in sorted(out.glob("*.png"))}
+    page = report.html_page("Explainers compared", {**known, **facts}, shown, gallery, plots)
+    (out / "report.html").write_text(page)
 
 
 def pool(folders: list[str], out: str, reference: str | None = None) -> None:
@@ -173,33 +187,28 @@ def controls(network: Network, data: ImageDataModule, seed: int) -> list[scoring
 def score(
     entries: Sequence[scoring.Entry],
     data: ImageDataModule,
-    split: Literal["val", "test"],
-    views: Views | None,
-    smoothing: Sequence[float],
-    limits: Mapping[str, scoring.Limit],
+    protocol: scoring.Protocol,
     device: torch.device,
     finished: Finished,
 ) -> tuple[scoring.Rows, scoring.Rows]:
     """Scores per image, and per method and views the chosen smoothing and the costs."""
     scores: scoring.Rows = []
     costs: scoring.Rows = []
-    variants = [None, views] if views and views.count else [None]
-    jobs = [(entry, variant) for entry in entries for variant in variants]
+    jobs = [(entry, variant) for entry in entries for variant in protocol.variants()]
     with progress_bar() as progress:
         task = progress.add_task("", total=len(jobs))
         for entry, variant in jobs:
             form = "views" if variant else "plain"
             progress.update(task, description=f"{entry.name}, {form}")
-            limit = limits.get(entry.name, scoring.Limit())
-            count = limit.views if variant else limit.plain
+            count = protocol.limit(entry.name, variant)
             path = finished.path(entry.explainer, entry.name, entry.control, form, count)
             known = finished.read(path)
             if known is None:
                 validation, scored = (
                     scoring.annotated(loader, device, scoring.drawn(loader, count))
-                    for loader in (data.loader("val"), data.loader(split))
+                    for loader in (data.loader("val"), data.loader(protocol.split))
                 )
-                known = scoring.score_entry(entry, validation, scored, variant, smoothing)
+                known = scoring.score_entry(entry, validation, scored, variant, protocol.smoothing)
                 if path:
                     rank_zero_only(finished.write)(path, known)
             rows, row = known
@@ -215,9 +224,7 @@ def pictured_images(
     entries: Sequence[scoring.Entry],
     costs: pd.DataFrame,
     data: ImageDataModule,
-    split: Literal["val", "test"],
-    views: Views | None,
-    limits: Mapping[str, scoring.Limit],
+    protocol: scoring.Protocol,
     count: int,
     device: torch.device,
 ) -> dict[str, list[report.Picture]]:
@@ -227,7 +234,7 @@ def pictured_images(
     """
     sigma = costs.set_index(["method", "views"])["sigma"]
     gallery: dict[str, list[report.Picture]] = {}
-    for batch in data.loader(split):
+    for batch in data.loader(protocol.split):
         chosen = batch["has_mask"].nonzero().flatten()[: count - len(gallery)]
         if not len(chosen):
             continue
@@ -241,7 +248,7 @@ def pictured_images(
                     generated = entry.explainer.eval()(image)
                 names = (f"{entry.name}: similar", f"{entry.name}: adversarial")
                 columns |= dict(zip(names, map(pictures.rgb, generated), strict=True))
-            shown = None if entry.name in limits or not views or not views.count else views
+            shown = None if entry.name in protocol.limits else protocol.variants()[-1]
             smoothing = sigma[entry.name, "views" if shown else "plain"]
             raw = entry.explainer.explain(image, views=shown, smoothing=smoothing)
             columns[entry.name] = pictures.heat(raw)

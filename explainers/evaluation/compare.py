@@ -6,10 +6,10 @@ import ctypes
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -55,6 +55,32 @@ class Limit:
 
     plain: int | None = None
     views: int | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all rows of a table have in common.
+
+    Attributes:
+        split: Scored split; smoothing is chosen on "val".
+        views: Of the maps; None, or a count of 0, scores plain maps alone.
+        smoothing: Sigmas to choose from, shares of the image side.
+        limits: Of slow methods, by the name of their row.
+    """
+
+    split: Literal["val", "test"] = "test"
+    views: Views | None = None
+    smoothing: Sequence[float] = (0.0,)
+    limits: Mapping[str, Limit] = field(default_factory=dict)
+
+    def variants(self) -> list[Views | None]:
+        """Plain maps, then those averaged over views if there are any."""
+        return [None, self.views] if self.views and self.views.count else [None]
+
+    def limit(self, name: str, views: Views | None) -> int | None:
+        """Images that a method is scored on; None is all."""
+        limit = self.limits.get(name, Limit())
+        return limit.views if views else limit.plain
 
 
 @dataclass
