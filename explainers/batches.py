@@ -63,7 +63,7 @@ def in_parts(
 
 def in_batches(
     function: Callable[[Tensor, Tensor], Tensor], image: Tensor, target: Tensor, work_batch: int
-) -> Float[Tensor, b * n]:
+) -> Float[Tensor, "b ..."]:
     """``function`` of all images and their targets, at most ``work_batch`` of them at once."""
     parts: list[Tensor] = []
     in_parts(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from classifiers.network import Network
 from explainers.attribution.cam import (
-    activations,
     channels_first,
     checked_layer,
     last_spatial_layer,
@@ -104,18 +103,17 @@ class AblationCAM(Explainer):
         """
         layer = self.layer or last_spatial_layer(self.network, image[:1])
         score = class_scores(self.network(image)).gather(1, target[:, None])
-        activation = activations(self.network, layer, image)
-        without = torch.stack(
-            [self._ablated(layer, *one) for one in zip(image[:, None], target, strict=True)]
-        )
+        raw = raw_output(self.network, layer, image)
+        activation = channels_first(raw, layer, image.shape)
+        each = zip(image[:, None], raw[:, None], target, strict=True)
+        without = torch.stack([self._ablated(layer, *one) for one in each])
         weight = (score - without) / score.abs().clamp(min=1e-12)
         return upsampled(signed(activation * weight[:, :, None, None], self.sign), image)
 
     def _ablated(
-        self, layer: str, image: Float[Tensor, "1 c h w"], target: Int64[Tensor, ""]
+        self, layer: str, image: Float[Tensor, "1 c h w"], raw: Tensor, target: Int64[Tensor, ""]
     ) -> Float[Tensor, " k"]:
-        """The target's score without each channel in turn."""
-        raw = raw_output(self.network, layer, image)
+        """The target's score without each channel of the layer's output ``raw`` in turn."""
         first = channels_first(raw, layer, image.shape).shape == raw.shape
         channels = raw if first else raw.movedim(-1, 1)
         scores = raw.new_empty(channels.shape[1])

@@ -114,8 +114,8 @@ class _Features(TorchFunctionMode):
 
 
 def lbfgs(
-    losses: Losses, start: Float[Tensor, b * n], steps: int, history: int = 10
-) -> Float[Tensor, b * n]:
+    losses: Losses, start: Float[Tensor, "b ..."], steps: int, history: int = 10
+) -> Float[Tensor, "b ..."]:
     """Minimise a loss for each image on its own, all together, by L-BFGS with backtracking.
 
     Args:
