@@ -8,6 +8,7 @@ from typing import Literal
 
 import pandas as pd
 import torch
+import wandb
 from jsonargparse import auto_cli
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -19,14 +20,17 @@ from classifiers import Network, load_network
 from classifiers.memory import keep_freed_memory
 from classifiers.network import check_classes
 from datamodules.base import ImageDataModule, collate
+from datamodules.summary import content_of_module, sizes
 from explainers import attribution
 from explainers.base import Explainer
 from explainers.evaluation import compare as scoring
-from explainers.evaluation import pictures, report
+from explainers.evaluation import pictures, published, report
 from explainers.evaluation.finished import Finished
 from explainers.evaluation.results import Results
+from explainers.evaluation.tables import long_table
 from explainers.learned import LearnedExplainer, load_explainer
 from explainers.views import Views
+from train import wandb_mode
 
 Method = Callable[[Network], Explainer]
 
@@ -46,6 +50,7 @@ def compare(
     seed: int = 0,
     devices: int = 1,
     accelerator: str = "auto",
+    logging: Literal["off", "wandb"] = "off",
 ) -> None:
     """Score explainers side by side; writes table.csv, table.md, scores.csv and report.html.
 
@@ -68,6 +73,7 @@ def compare(
         seed: Of everything that draws.
         devices: Processes.
         accelerator: Where they run.
+        logging: wandb keeps the tables and plots there too, offline without a key.
     """
     keep_freed_memory()
     seed_everything(seed, verbose=False)
@@ -108,6 +114,8 @@ def compare(
         }
         gallery = pictured_images(entries, results.costs, data, protocol, pictured, fabric.device)
         write_page(Path(out), results, shown, protocol, type(data).__name__, facts, gallery)
+        if logging == "wandb":
+            log_to_wandb(Path(out), shown)
 
 
 def write_page(
@@ -132,21 +140,53 @@ def write_page(
     (out / "report.html").write_text(page)
 
 
-def pool(folders: list[str], out: str, reference: str | None = None) -> None:
+def log_to_wandb(out: Path, shown: Mapping[str, pd.DataFrame]) -> None:
+    """Log the tables and plots of a folder of results as a run of their own."""
+    tables = {**shown, "Long form": pd.read_csv(out / "table.csv")}
+    name = "/".join(out.parts[-2:])
+    with wandb.init(project="simadv", name=name, dir=out, mode=wandb_mode()) as run:
+        run.log({key: wandb.Table(dataframe=table) for key, table in tables.items()})
+        run.log({path.stem: wandb.Image(path) for path in sorted(out.glob("*.png"))})
+
+
+def pool(
+    folders: list[str],
+    out: str,
+    reference: str | None = None,
+    logging: Literal["off", "wandb"] = "off",
+) -> None:
     """Pool comparisons of several seeds: the mean over seeds per image, intervals over images.
 
     Args:
         folders: Out folders of compare, one per seed, with the same methods and images.
         out: Folder that the pooled tables and scores are written to.
         reference: Method whose best row the others are held against.
+        logging: As in compare.
     """
     parts = [Results.read(Path(folder)) for folder in folders]
-
     scores, images, costs = (
         pd.concat([part.assign(seed=seed) for seed, part in enumerate(kind)])
         for kind in zip(*((p.scores, p.images, p.costs) for p in parts), strict=True)
     )
-    Results(scores, images, costs).write(Path(out), reference)
+    shown = Results(scores, images, costs).write(Path(out), reference)
+    if logging == "wandb":
+        log_to_wandb(Path(out), shown)
+
+
+def paper(data: ImageDataModule, folder: str, split: Literal["val", "test"] = "test") -> None:
+    """Write a comparison in the form of the paper's Tables III to XI: paper.md and paper.csv.
+
+    Args:
+        data: Images with masks that were compared: Table III is about them.
+        folder: Out folder of compare or pool, which the two files are written to.
+        split: Split that was compared.
+    """
+    results = Results.read(Path(folder))
+    boxes = sizes(content_of_module(data, [split])).loc[[split]].droplevel(0)
+    table = long_table(results.scores, results.images)
+    cells = published.paper_cells(table, results.costs, boxes)
+    cells.to_csv(Path(folder) / "paper.csv", index=False)
+    (Path(folder) / "paper.md").write_text(published.paper_page(cells))
 
 
 def same_classifier(explainer: LearnedExplainer, network: Network, name: str) -> LearnedExplainer:
@@ -267,5 +307,10 @@ def progress_bar() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), disable=getattr(rank_zero_only, "rank", 0) > 0)
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    auto_cli([compare, pool, paper], args=arguments, as_positional=False)
+
+
 if __name__ == "__main__":
-    auto_cli([compare, pool], as_positional=False)
+    main()

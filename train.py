@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import wandb
 from lightning.pytorch import LightningModule, Trainer
@@ -126,7 +127,7 @@ def build_loggers(kind: str, folder: str, resumed: bool = False) -> list[Logger]
     return loggers
 
 
-def wandb_mode() -> str | None:
+def wandb_mode() -> Literal["offline"] | None:
     """W&B's own choice (None) where WANDB_MODE or a key is there, else "offline"."""
     known = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
     return None if known else "offline"

@@ -15,7 +15,7 @@ from rich.progress import track
 from skimage.measure import label, regionprops
 from torch import Tensor
 
-from datamodules.base import SPLITS, ImageDataModule
+from datamodules.base import SPLITS, ImageDataModule, Split
 from datamodules.images import Box, boxes_to_mask
 from datamodules.rsna import SIDE, RSNAPneumonia, read_tables
 
@@ -60,12 +60,12 @@ def data_section(config: Path) -> object:
     return yaml.safe_load((config.parent / data).read_text()) if isinstance(data, str) else data
 
 
-def content_of_module(data: ImageDataModule) -> Content:
-    """Read every image once; boxes are those of the connected parts of its mask."""
+def content_of_module(data: ImageDataModule, splits: Sequence[Split] = SPLITS) -> Content:
+    """Read every image of the splits once; boxes: the connected parts of its mask."""
     data.prepare_data()
     data.setup()
     images, boxes, console = [], [], Console(stderr=True)
-    for split in SPLITS:
+    for split in splits:
         for record in track(data.splits[split], f"Reading {split}", console=console):
             mask = data.read(record).mask
             name, group = data.class_names[record.label], record.group or (record.id,)

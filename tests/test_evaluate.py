@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from bs4 import BeautifulSoup
 from PIL import Image
 
@@ -20,6 +22,7 @@ import evaluate
 from classifiers import Network, load_network
 from datamodules import Phantom
 from datamodules.base import Loading
+from datamodules.summary import connected_boxes
 from explainers import Views, load_explainer
 from explainers.attribution import GradCAM, Gradient, SmoothGrad
 from explainers.evaluation import compare as scoring
@@ -383,3 +386,81 @@ def test_other_classes_are_refused(phantom_classifier: Path) -> None:
     data.class_names = ("clear", "dense")
     with pytest.raises(ValueError, match=r"trained on classes .*'healthy', 'opacity'.*'clear'"):
         evaluate.compare(data, str(phantom_classifier), accelerator="cpu")
+
+
+def test_paper_beside_published_values(results: Path, tmp_path: Path) -> None:
+    """The demo's two rows under the paper's names."""
+    own = Results.read(results)
+    names = {"Single": "Single_2 (W, TV)", "Grad-CAM": "Grad-CAM, last layer"}
+    for part in (own.scores, own.costs):
+        part["method"] = part["method"].replace(names)
+    own.write(tmp_path)
+    evaluate.paper(phantom(), str(tmp_path))
+    table = pd.read_csv(tmp_path / "table.csv").query("smoothing == 'raw'")
+    table = table.set_index(["method", "views", "metric"])["mean"]
+    cells = pd.read_csv(tmp_path / "paper.csv", keep_default_na=False, na_values={"mean": [""]})
+    run = cells[cells["mean"].notna() & (cells["table"] != "III")]
+    assert set(run["table"]) == {"IV", "V", "VI", "VII", "VIII", "IX", "X", "XI"}
+    for cell in run[run["metric"] != "seconds"].itertuples():
+        assert cell.mean == table[cell.method, cell.views, cell.metric]
+    heights = [box[3] - box[1] for box in boxes_of_test_images()]
+    sizes = cells.query("table == 'III' and metric == 'height'").set_index("method")["mean"]
+    assert sizes["max"] == max(heights)
+    assert sizes["mean"] == pytest.approx(np.mean(heights))
+    assert "| Single_2 (W, TV) | plain |" in (tmp_path / "paper.md").read_text()
+
+
+def boxes_of_test_images() -> list[tuple[int, int, int, int]]:
+    masks = [batch["mask"][batch["has_mask"]] for batch in phantom().loader("test")]
+    return [box for mask in torch.cat(masks) for box in connected_boxes(mask)]
+
+
+def test_tables_and_plots_in_wandb(results: Path, tmp_path: Path) -> None:
+    """A pool of one seed, logged offline."""
+    evaluate.pool([str(results)], str(tmp_path), logging="wandb")
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    logged = file.parent / "files" / "media"
+    tables = {path.name.rsplit("_", 2)[0] for path in (logged / "table").iterdir()}
+    assert tables == {"Localisation", "Generated images", "Classifier", "Long form"}
+    (long,) = (logged / "table").glob("Long form*")
+    content = json.loads(long.read_text())
+    assert content["columns"] == list(pd.read_csv(tmp_path / "table.csv"))
+    assert len(content["data"]) == len(pd.read_csv(tmp_path / "table.csv"))
+    plots = {path.name.rsplit("_", 2)[0] for path in (logged / "images").iterdir()}
+    assert plots == {path.stem for path in tmp_path.glob("*.png")}
+
+
+@pytest.mark.parametrize(
+    "preset",
+    sorted((ROOT / "configs").glob("*/compare*.yaml")),
+    ids=lambda p: "/".join(p.parts[-2:]),
+)
+def test_presets_of_compare_are_understood(
+    preset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["compare", "--config", str(preset), "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(preset.read_text())
+    assert list(printed["methods"]) == list(given["methods"])
+    entries = {*given.get("explainers", {}), *given["methods"]}
+    assert set(given.get("limits", {})) <= entries
+    assert given.get("reference", "Gradient") in entries
+    assert preset.read_text().splitlines()[1] == (
+        f"# python evaluate.py compare --config {preset.relative_to(ROOT)}"
+    )
+
+
+@pytest.mark.parametrize(
+    "preset", sorted((ROOT / "configs").glob("*/paper.yaml")), ids=lambda p: p.parts[-2]
+)
+def test_presets_of_paper_read_what_compare_writes(
+    preset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["paper", "--config", str(preset), "--print_config"])
+    assert stop.value.code == 0
+    folder = yaml.safe_load(capsys.readouterr().out)["folder"]
+    written = [yaml.safe_load(path.read_text())["out"] for path in preset.parent.glob("compare*")]
+    assert folder in written
