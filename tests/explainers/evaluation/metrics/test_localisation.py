@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from saliencies import KINDS, maps
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 from torch import Tensor
 from torch.testing import assert_close
@@ -30,24 +31,6 @@ from explainers.evaluation.metrics.localisation import (
     rank,
     total_auc,
 )
-
-KINDS = ("integers", "floats", "rectified", "constant")
-
-
-def maps(kind: str, seed: int, side: int = 9, count: int = 3) -> tuple[Tensor, Tensor]:
-    """Maps with many ties, none, half of them, or nothing else; masks of several sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    saliency = torch.randn(count, side, side + 1, generator=generator)
-    if kind == "integers":
-        saliency = saliency.mul(2).round()
-    if kind == "rectified":
-        saliency = saliency.relu()
-    if kind == "constant":
-        saliency = torch.full_like(saliency, 0.3)
-    share = torch.rand(count, 1, 1, generator=generator)
-    mask = torch.rand(saliency.shape, generator=generator) < share
-    mask[:, 0, 0] = True
-    return saliency, mask
 
 
 def slow_curve(
