@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -13,18 +16,29 @@ from jsonargparse import auto_cli
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import seed_everything
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 from torch.utils.data import DataLoader
 
-from classifiers import Network, load_network
+from classifiers import Classifier, Network, Optimisation, load_network
+from classifiers.fitting import fit_by_heart
 from classifiers.memory import keep_freed_memory
 from classifiers.network import check_classes
+from classifiers.randomise import groups, layers, owners, randomised, save_network
+from datamodules import Relabelled
 from datamodules.base import ImageDataModule, collate
 from datamodules.summary import content_of_module, sizes
 from explainers import attribution
 from explainers.base import Explainer
 from explainers.evaluation import compare as scoring
 from explainers.evaluation import pictures, published, report
+from explainers.evaluation import sanity as checks
 from explainers.evaluation.finished import Finished
 from explainers.evaluation.results import Results
 from explainers.evaluation.tables import long_table
@@ -189,6 +203,191 @@ def paper(data: ImageDataModule, folder: str, split: Literal["val", "test"] = "t
     (Path(folder) / "paper.md").write_text(published.paper_page(cells))
 
 
+class Study:
+    """A classifier, what explains it, and images: what the checks of sanity have in common.
+
+    Args:
+        data: Images with masks.
+        classifier: Checkpoint of the trained classifier.
+        methods: By the name of their row; random map and edge map are always there.
+        explainers: Checkpoints of learned explainers, kept while the classifier changes.
+        retrained: Checkpoints of learned explainers by the same names, trained for the changed
+            classifier.
+        views: Geometric views to average over; none by default.
+        images: Annotated images, drawn by a hash of their ids; 0 takes all.
+        split: Of the images.
+        seed: Of everything that draws.
+        accelerator: Where it runs.
+    """
+
+    def __init__(
+        self,
+        data: ImageDataModule,
+        classifier: str,
+        methods: dict[str, Method] | None = None,
+        explainers: dict[str, str] | None = None,
+        retrained: dict[str, str] | None = None,
+        views: Views | None = None,
+        images: int = 64,
+        split: Literal["val", "test"] = "test",
+        seed: int = 0,
+        accelerator: str = "auto",
+    ) -> None:
+        keep_freed_memory()
+        seed_everything(seed, verbose=False)
+        data.prepare_data()
+        data.setup("test")
+        self.data, self.seed, self.views = data, seed, views
+        self.accelerator = accelerator
+        self.device = Fabric(accelerator=accelerator, devices=1).device
+        self.network = load_network(classifier).to(self.device)
+        check_classes(self.network.class_names, data.class_names)
+        self.learned = self.loaded(explainers, self.network)
+        self.retrained = retrained or {}
+        self.methods: dict[str, Method] = {
+            **(methods or {}),
+            "Edge map": attribution.EdgeMap,
+            checks.RANDOM: partial(attribution.RandomMap, seed=seed),
+        }
+        chosen = scoring.drawn(data.loader(split), images or None)
+        self.batches = list(scoring.annotated(data.loader(split), self.device, chosen))
+        self.groups = {record.id: record.group for record in data.splits[split]}
+
+    def loaded(
+        self, explainers: Mapping[str, str] | None, network: Network
+    ) -> dict[str, LearnedExplainer]:
+        """Learned explainers by name, each of this classifier."""
+        return {
+            name: same_classifier(load_explainer(path).to(self.device), network, name)
+            for name, path in (explainers or {}).items()
+        }
+
+    def write(
+        self,
+        states: Callable[[], Iterable[checks.State]],
+        other: Network,
+        out: Path,
+        name: str,
+        across: str,
+    ) -> None:
+        """Score every method at every state and the retrained explainers; write all files.
+
+        Args:
+            states: Gives the classifier as it is, then the changed ones.
+            other: The changed classifier that the retrained explainers belong to.
+            out: Folder.
+            name: Of the files.
+            across: Label of the steps in the plots.
+        """
+        rows: scoring.Rows = []
+        kept: dict[str, Method] = {k: partial(with_network, own) for k, own in self.learned.items()}
+        subjects = self.methods | kept
+        for label, build in track(subjects.items(), "Explaining", total=len(subjects)):
+            rows += checks.score_states(
+                label, build, states(), self.batches, self.views, keeps_target=label not in kept
+            )
+        pair = two_states("retrained", self.network, other)
+        for label, explainer in self.loaded(self.retrained, other).items():
+            by_network = {self.network: self.learned[label], other: explainer}
+            rows += checks.score_states(
+                label, by_network.__getitem__, pair, self.batches, self.views, keeps_target=False
+            )
+        scores = pd.DataFrame(rows)
+        scores.insert(1, "group", scores["id"].map(self.groups))
+        checks.write(scores, set(kept), out, name, across)
+
+
+def sanity(
+    out: str = "runs/sanity",
+    order: Literal["cascading", "independent"] = "cascading",
+    steps: int = 10,
+    **study: Any,
+) -> None:
+    """Draw the classifier's layers anew, from the output down, and see which maps change.
+
+    Writes sanity_scores.csv (per image), sanity.csv (means, intervals), sanity.md with a verdict
+    per method, and plots. Explainers are trained anew (retrained) for what randomise writes.
+
+    Args:
+        out: Folder that everything is written to.
+        order: cascading draws one more group of layers anew at each step, independent each alone.
+        steps: Groups that the layers are joined into; 0 takes each layer alone.
+        **study: See Study.
+    """
+    subject = Study(**study)
+    names = layers(subject.network, subject.batches[0]["image"][:1])
+    parts = groups(names, steps)
+    every = randomised(subject.network, names, subject.seed)
+
+    def states() -> Iterator[checks.State]:
+        yield checks.State(order, 0, "", subject.network)
+        for step, part in enumerate(parts, 1):
+            drawn = parts[:step] if order == "cascading" else [part]
+            network = randomised(subject.network, chain(*drawn), subject.seed)
+            yield checks.State(order, step, " ".join(part), network)
+
+    subject.write(states, every, Path(out), "sanity", "groups of layers drawn anew, output first")
+
+
+def randomise(classifier: str, out: str, seed: int = 0) -> None:
+    """Write a checkpoint of the classifier with every layer drawn anew, to train explainers for.
+
+    Args:
+        classifier: Checkpoint of the trained classifier.
+        out: File to write.
+        seed: Of the draw: the one of sanity.
+    """
+    network = load_network(classifier)
+    save_network(randomised(network, owners(network), seed), Path(out))
+
+
+def label_randomisation(
+    out: str = "runs/label_randomisation",
+    share: float = 1.0,
+    accuracy: float = 0.95,
+    max_epochs: int = 100,
+    optimisation: Optimisation | None = None,
+    **study: Any,
+) -> None:
+    """Train the classifier on shuffled labels until it fits them, and see which maps change.
+
+    Writes classifier.ckpt, which is taken up again where it is there, and files as sanity does.
+
+    Args:
+        out: Folder that everything is written to.
+        share: Of the training labels that are shuffled among each other.
+        accuracy: On the shuffled labels, at which training stops.
+        max_epochs: At which it stops in any case.
+        optimisation: Of the training; Adam at a constant rate of 1e-3 by default.
+        **study: See Study.
+    """
+    subject = Study(**study)
+    path = Path(out) / "classifier.ckpt"
+    if not path.exists():
+        module = Classifier(
+            Network(**subject.network.recipe), optimisation or Optimisation(1e-3, "constant")
+        )
+        shuffled = Relabelled(subject.data, share, subject.seed)
+        fit_by_heart(module, shuffled, accuracy, max_epochs, Path(out), subject.accelerator)
+        save_network(module.network, path)
+    relabelled = load_network(path).to(subject.device)
+    states = two_states("labels", subject.network, relabelled)
+    name, across = "label_randomisation", "0: true labels, 1: shuffled labels"
+    subject.write(lambda: states, relabelled, Path(out), name, across)
+
+
+def two_states(order: checks.Order, network: Network, other: Network) -> list[checks.State]:
+    """The classifier as it is, then another in its place."""
+    return [checks.State(order, 0, "", network), checks.State(order, 1, "all", other)]
+
+
+def with_network(explainer: LearnedExplainer, network: Network) -> LearnedExplainer:
+    """A copy of a learned explainer that is asked about another classifier."""
+    copied = deepcopy(explainer)
+    copied.network = network
+    return copied
+
+
 def same_classifier(explainer: LearnedExplainer, network: Network, name: str) -> LearnedExplainer:
     """The explainer, or a ValueError where it explains another classifier."""
     own, other = explainer.network.state_dict(), network.state_dict()
@@ -309,7 +508,15 @@ def progress_bar() -> Progress:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    auto_cli([compare, pool, paper], args=arguments, as_positional=False)
+    commands: list[Callable[..., object]] = [
+        compare,
+        pool,
+        paper,
+        sanity,
+        randomise,
+        label_randomisation,
+    ]
+    auto_cli(commands, args=arguments, as_positional=False)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from PIL import Image
 
 import evaluate
 from classifiers import Network, load_network
-from datamodules import Phantom
+from datamodules import Phantom, Relabelled
 from datamodules.base import Loading
 from datamodules.summary import connected_boxes
 from explainers import Views, load_explainer
@@ -464,3 +465,65 @@ def test_presets_of_paper_read_what_compare_writes(
     folder = yaml.safe_load(capsys.readouterr().out)["folder"]
     written = [yaml.safe_load(path.read_text())["out"] for path in preset.parent.glob("compare*")]
     assert folder in written
+
+
+def sanity_methods() -> dict[str, evaluate.Method]:
+    return {"Gradient": Gradient, "Grad-CAM": lambda network: GradCAM(network, "layer1")}
+
+
+def test_sanity_with_kept_and_retrained_explainers(
+    train: Callable[..., None], phantom_classifier: Path, phantom_single: Path, tmp_path: Path
+) -> None:
+    random = tmp_path / "random.ckpt"
+    evaluate.randomise(str(phantom_classifier), str(random), seed=2)
+    config = yaml.safe_load((phantom_single.parent / "config.yaml").read_text())
+    preset = {key: config[key] for key in ("model", "data")}
+    preset["model"]["init_args"]["network"] = str(random)
+    (tmp_path / "preset.yaml").write_text(yaml.safe_dump(preset))
+    small = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--logging", "off"]
+    train("fit", "-c", tmp_path / "preset.yaml", "--out", tmp_path / "single", *small)
+    arguments = {
+        "data": phantom(),
+        "classifier": str(phantom_classifier),
+        "methods": sanity_methods(),
+        "explainers": {"Single": str(phantom_single)},
+        "retrained": {"Single": str(tmp_path / "single" / "last.ckpt")},
+        "accelerator": "cpu",
+        "images": 4,
+    }
+    evaluate.sanity(str(tmp_path / "out"), steps=2, seed=2, **arguments)
+    scores = pd.read_csv(tmp_path / "out" / "sanity_scores.csv")
+    assert scores["id"].nunique() == 4
+    spearman = scores[scores["metric"] == "spearman"].set_index(["method", "order", "step"])
+    kept = spearman.loc[("Single", "cascading"), "value"]
+    assert kept.tolist() == pytest.approx([1] * 12)
+    assert spearman.loc[("Edge map", "cascading", 2), "value"].tolist() == pytest.approx([1] * 4)
+    assert (spearman.loc[("Single", "retrained", 1), "value"] < 0.99).all()
+    assert (spearman.loc[("Gradient", "cascading", 2), "value"] < 0.99).all()
+    text = (tmp_path / "out" / "sanity.md").read_text()
+    assert "its generator does not read the classifier" in text
+    with pytest.raises(ValueError, match="'Single' was trained for another classifier"):
+        evaluate.sanity(str(tmp_path / "out"), steps=2, seed=3, **arguments)
+
+
+def test_label_randomisation_trains_once(phantom_classifier: Path, tmp_path: Path) -> None:
+    arguments = {
+        "data": phantom(),
+        "classifier": str(phantom_classifier),
+        "methods": sanity_methods(),
+        "accelerator": "cpu",
+        "images": 4,
+    }
+    evaluate.label_randomisation(str(tmp_path), accuracy=0.9, max_epochs=40, **arguments)
+    written = tmp_path / "classifier.ckpt"
+    relabelled, data = load_network(written), Relabelled(phantom())
+    batches = list(data.loader("train"))
+    right = [relabelled.decide(batch["image"]) == batch["label"] for batch in batches]
+    assert torch.cat(right).float().mean() >= 0.9
+    scores = pd.read_csv(tmp_path / "label_randomisation_scores.csv")
+    assert set(scores["order"]) == {"labels"}
+    gradient = scores.query("method == 'Gradient' and metric == 'spearman' and step == 1")
+    assert (gradient["value"] < 0.99).all()
+    time = written.stat().st_mtime_ns
+    evaluate.label_randomisation(str(tmp_path), **arguments)
+    assert written.stat().st_mtime_ns == time

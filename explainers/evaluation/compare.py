@@ -19,13 +19,8 @@ from torch import distributed as dist
 
 from classifiers.network import Network, decide, probabilities
 from explainers.base import Explainer
-from explainers.evaluation.metrics import (
-    flipped,
-    image_similarity,
-    kept,
-    localisation_scores,
-    operating_points,
-)
+from explainers.evaluation.metrics.generated import flipped, image_similarity, kept
+from explainers.evaluation.metrics.localisation import localisation_scores, operating_points
 from explainers.views import Views, smooth
 
 Batch = Mapping[str, Any]

@@ -77,6 +77,24 @@ def quality_time(means: pd.DataFrame, costs: pd.DataFrame, controls: set[str]) -
     return figure
 
 
+def curves(table: pd.DataFrame, metric: str, across: str) -> bytes:
+    """PNG of a metric over the steps, a line and a band (its interval) for each method.
+
+    Args:
+        table: Columns method, step, metric, mean, low, high; one row per method and step.
+        metric: Drawn metric.
+        across: Label of the steps.
+    """
+    figure, axes = empty(across, metric)
+    parts = table[table["metric"] == metric].groupby("method", sort=False)
+    colours = iter(colormaps["tab20"].colors * 2)  # type: ignore[attr-defined]
+    for (method, part), colour in zip(parts, colours, strict=False):
+        axes.plot(part["step"], part["mean"], marker=".", color=colour, label=str(method))
+        axes.fill_between(part["step"], part["low"], part["high"], color=colour, alpha=0.15)
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return png(figure)
+
+
 def empty(across: str, up: str) -> tuple[Figure, Axes]:
     """A figure with labelled axes."""
     figure = Figure(SIZE, DPI, layout="constrained")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from classifiers.network import Network
 from classifiers.optimisation import Optimisation
-from explainers.learned.generators import Geometry, head
+from explainers.learned.generators import Geometry
 from explainers.learned.similar_adversarial import SimilarAdversarial, Weights
 
 
@@ -45,8 +45,8 @@ class Adversarial(SimilarAdversarial):
         own = replace(weights or Weights(), similar=0, pair=0, classify_similar=0, proximity=0)
         super().__init__(network, own, geometry, optimisation, objective, margin)
         unet, features = self.geometry.build()
-        self.generator = nn.Sequential(unet, head(features, self.geometry.channels, 1))
+        self.generator = nn.Sequential(unet, self.geometry.head(features))
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
         """The image itself, and its adversarial image (b, c, h, w) in [0, 1]."""
-        return image, self.geometry.squash(self.generator(image))
+        return image, self.geometry.draw(self.generator(image), image)

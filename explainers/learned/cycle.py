@@ -15,7 +15,7 @@ from classifiers.network import Network, decide
 from classifiers.optimisation import Optimisation
 from explainers.base import untouched
 from explainers.learned.base import Generated, LearnedExplainer
-from explainers.learned.generators import Geometry, head
+from explainers.learned.generators import Geometry
 from explainers.learned.losses import decision_loss, distance
 
 
@@ -85,7 +85,7 @@ class Conditional(LearnedExplainer):
         self.generators = nn.ModuleList()
         for _ in range(2):
             unet, features = self.geometry.build()
-            self.generators.append(nn.Sequential(unet, head(features, channels, 1)))
+            self.generators.append(nn.Sequential(unet, self.geometry.head(features)))
         self.discriminators = nn.ModuleList(critic(channels, self.levels) for _ in range(2))
         self.automatic_optimization = False
 
@@ -97,7 +97,8 @@ class Conditional(LearnedExplainer):
         for label, generator in enumerate(self.generators):
             chosen = (wanted == label).nonzero()[:, 0]
             if len(chosen):
-                drawn = drawn.index_copy(0, chosen, self.geometry.squash(generator(image[chosen])))
+                part = image[chosen]
+                drawn = drawn.index_copy(0, chosen, self.geometry.draw(generator(part), part))
         return drawn
 
     @abstractmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from classifiers.network import Network
 from classifiers.optimisation import Optimisation
-from explainers.learned.generators import Geometry, head, trainable
+from explainers.learned.generators import Geometry, trainable
 from explainers.learned.similar_adversarial import SimilarAdversarial, Weights
 
 
@@ -44,12 +44,13 @@ class Duo(SimilarAdversarial):
 
     def _generator(self) -> nn.Sequential:
         unet, features = self.geometry.build()
-        return nn.Sequential(unet, head(features, self.geometry.channels, 1))
+        return nn.Sequential(unet, self.geometry.head(features))
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
         """Similar and adversarial image, each (b, c, h, w) in [0, 1]."""
-        squash = self.geometry.squash
-        return squash(self.similar_generator(image)), squash(self.adversarial_generator(image))
+        generators = self.similar_generator, self.adversarial_generator
+        similar, adversarial = (self.geometry.draw(g(image), image) for g in generators)
+        return similar, adversarial
 
     def paired_weights(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
         """Trainable weights of the two generators."""

@@ -23,19 +23,25 @@ class Geometry:
             segmentation-models-pytorch ("resnet18"), whose decoder is as wide as ``widths``.
         widths: Channels per level, full resolution first.
         channels: Of the images: 1 grey, 3 RGB.
-        output: "sigmoid" squashes; "clip" cuts to [0, 1] and lets the gradient pass outside,
-            where a hard clip has none.
+        output: How the last convolution's output becomes an image in [0, 1]. "sigmoid" squashes
+            it; "clip" cuts it and lets the gradient pass outside, where a hard clip has none;
+            "delta" adds it to the image and cuts the sum like "clip".
         encoder_weights: ImageNet weights of an smp encoder (downloaded), or None.
+        reduction: The U-Net works at 1/reduction of the image's resolution, on blocks of that
+            side folded into channels, and what it adds is resized bilinearly: changes are smooth,
+            and cost a reduction-th squared. Above 1 with output "delta" alone.
 
     Raises:
-        ValueError: If there are fewer than two widths, or no such encoder.
+        ValueError: If there are fewer than two widths, no such encoder, or a reduction that does
+            not go with the output.
     """
 
     unet: str = "plain"
     widths: tuple[int, ...] = (16, 32, 64, 128)
     channels: Literal[1, 3] = 1
-    output: Literal["sigmoid", "clip"] = "sigmoid"
+    output: Literal["sigmoid", "clip", "delta"] = "sigmoid"
     encoder_weights: Literal["imagenet"] | None = None
+    reduction: int = 1
 
     def __post_init__(self) -> None:
         """Check the user's values."""
@@ -43,28 +49,67 @@ class Geometry:
             raise ValueError(
                 f"widths of a U-Net must be two or more positive numbers, but got {self.widths}."
             )
+        if self.reduction < 1 or (self.reduction > 1 and self.output != "delta"):
+            raise ValueError(
+                "reduction must be 1, or more with output 'delta' (a whole image cannot be drawn "
+                f"at a lower resolution), but got {self.reduction} with {self.output!r}."
+            )
 
     def build(self, planes: int = 0) -> tuple[nn.Module, int]:
-        """A U-Net from images to features of the same size, and the number of its features.
+        """A U-Net from images to features at 1/reduction of their size, and the features' number.
 
         It takes ``planes`` more channels than the images have. Its weights are laid out channels
         last, which convolves faster on CPUs and GPUs.
         """
         unet: nn.Module
-        features, inputs = self.widths[0], self.channels + planes
+        features, inputs = self.widths[0], (self.channels + planes) * self.reduction**2
         if self.unet == "residual":
             unet, features = ResidualUNet(inputs, self.widths), 2 * features
         elif self.unet == "plain":
             unet = PlainUNet(inputs, self.widths)
         else:
             unet = Encoded(self.unet, inputs, self.widths, self.encoder_weights)
+        if self.reduction > 1:
+            unet = nn.Sequential(Folded(self.reduction), unet)
         return unet.to(memory_format=torch.channels_last), features
 
-    def squash(self, image: Tensor) -> Tensor:
-        """Bring an unbounded output into [0, 1]."""
+    def head(self, features: int, convolutions: int | Literal["authors"] = 1) -> nn.Sequential:
+        """The small CNN of one output, from features to the image's channels.
+
+        Where it is added to the image its last convolution starts small and without bias: the
+        generated images start near the image.
+        """
+        if convolutions == "authors":
+            network = authors_head(features, self.channels)
+        else:
+            network = head(features, self.channels, convolutions)
+        if self.output == "delta":
+            for weight, factor in zip(network[-1].parameters(), (0.1, 0.0), strict=True):
+                weight.data.mul_(factor)
+        return network
+
+    def draw(self, output: Tensor, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The generated image in [0, 1] from a head's output and the image."""
         if self.output == "sigmoid":
-            return image.sigmoid()
-        return image.clamp(0, 1).detach() + (image - image.detach())  # the bracket is exactly 0
+            return output.sigmoid()
+        if self.reduction > 1:
+            output = F.interpolate(output, scale_factor=float(self.reduction), mode="bilinear")
+            output = output[:, :, : image.shape[2], : image.shape[3]]
+        drawn = image + output if self.output == "delta" else output
+        return drawn.clamp(0, 1).detach() + (drawn - drawn.detach())  # the bracket is exactly 0
+
+
+class Folded(nn.Module):
+    """Blocks of pixels folded into channels; edges are repeated where the sides are no multiple."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f h2 w2"]:
+        """Images with c * side ** 2 channels at 1/side of the size, rounded up."""
+        down, right = (-length % self.side for length in image.shape[2:])
+        return F.pixel_unshuffle(F.pad(image, (0, right, 0, down), "replicate"), self.side)
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:

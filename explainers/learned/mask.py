@@ -52,6 +52,9 @@ class MaskGenerator(LearnedExplainer):
         geometry: Of the U-Net; the mask has half its resolution.
         optimisation: Optimiser and schedule.
 
+    Raises:
+        ValueError: If the geometry's output is "delta".
+
     Source: Dabkowski and Gal 2017, arXiv:1705.07857, Eq. 3. Means in the place of its sums, and so
     the weight of the area, are ours; so is the class as planes of the U-Net's input.
     """
@@ -67,6 +70,10 @@ class MaskGenerator(LearnedExplainer):
         optimisation: Optimisation | None = None,
     ) -> None:
         super().__init__(network, geometry, optimisation)
+        if self.geometry.output == "delta":
+            raise ValueError(
+                "a mask is added to nothing: leave output 'delta' to other explainers."
+            )
         self.conditional, self.background, self.blur = conditional, background, blur
         self.weights = weights or MaskWeights()
         self.planes = self.network.num_classes if conditional else 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from classifiers.network import Network
 from classifiers.optimisation import Optimisation
-from explainers.learned.generators import Geometry, authors_head, head
+from explainers.learned.generators import Geometry
 from explainers.learned.similar_adversarial import SimilarAdversarial, Weights
 
 
@@ -47,19 +47,15 @@ class Single(SimilarAdversarial):
             raise ValueError(f"convolutions must be 1 or more, but got {convolutions}.")
         self.convolutions = convolutions
         self.unet, features = self.geometry.build()
-        channels = self.geometry.channels
-        if convolutions == "authors":
-            self.similar_head = authors_head(features, channels)
-            self.adversarial_head = authors_head(features, channels)
-        else:
-            self.similar_head = head(features, channels, convolutions)
-            self.adversarial_head = head(features, channels, convolutions)
+        self.similar_head = self.geometry.head(features, convolutions)
+        self.adversarial_head = self.geometry.head(features, convolutions)
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
         """Similar and adversarial image, each (b, c, h, w) in [0, 1]."""
         features = self.unet(image)
-        squash = self.geometry.squash
-        return squash(self.similar_head(features)), squash(self.adversarial_head(features))
+        heads = self.similar_head, self.adversarial_head
+        similar, adversarial = (self.geometry.draw(head(features), image) for head in heads)
+        return similar, adversarial
 
     def paired_weights(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
         """Weights of the two heads."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from explainers.learned.generators import (
+    Folded,
     Geometry,
     PlainUNet,
     ResidualUNet,
@@ -142,15 +144,71 @@ def test_the_authors_head_has_no_activation_between() -> None:
 
 def test_clip_cuts_and_passes_the_gradient_outside() -> None:
     values = torch.tensor([-3.7, -1e-3, 0.25, 1.0, 5.3, 1e6], requires_grad=True)
-    clipped = Geometry(output="clip").squash(values)
-    assert clipped.tolist() == [0.0, 0.0, 0.25, 1.0, 1.0, 1.0]
+    image = torch.full((1, 1, 1, 6), 0.5)
+    clipped = Geometry(output="clip").draw(values.view_as(image), image)
+    assert clipped.flatten().tolist() == [0.0, 0.0, 0.25, 1.0, 1.0, 1.0]
     torch.autograd.backward(clipped.sum())
     assert_close(values.grad, torch.ones(6))
 
 
+def test_delta_is_added_to_the_image() -> None:
+    values = torch.tensor([-3.7, -0.25, 0.25, 5.3], requires_grad=True)
+    image = torch.full((1, 1, 1, 4), 0.5)
+    drawn = Geometry(output="delta").draw(values.view_as(image), image)
+    assert drawn.flatten().tolist() == [0.0, 0.25, 0.75, 1.0]
+    torch.autograd.backward(drawn.sum())
+    assert_close(values.grad, torch.ones(4))
+
+
 def test_sigmoid_squashes() -> None:
-    values = torch.tensor([0.0, log(3)])
-    assert_close(Geometry().squash(values), torch.tensor([0.5, 0.75]))
+    values = torch.tensor([0.0, log(3)]).view(1, 1, 1, 2)
+    drawn = Geometry().draw(values, torch.zeros(1, 1, 1, 2))
+    assert_close(drawn.flatten(), torch.tensor([0.5, 0.75]))
+
+
+def test_folded_blocks_by_hand() -> None:
+    """Sides 3 and 5 in blocks of 2: an edge is repeated, channel by channel."""
+    image = images(2, 3, 5)
+    folded = Folded(2)(image)
+    assert folded.shape == (2, 8, 2, 3)
+    for channel in range(2):
+        for y in range(4):
+            for x in range(6):
+                value = folded[:, 4 * channel + 2 * (y % 2) + x % 2, y // 2, x // 2]
+                assert value.equal(image[:, channel, min(y, 2), min(x, 4)])
+
+
+@pytest.mark.parametrize("reduction", [2, 4])
+@pytest.mark.parametrize("unet", UNETS)
+def test_a_reduced_geometry_draws_images_of_any_size(unet: str, reduction: int) -> None:
+    geometry = Geometry(unet, (4, 6), output="delta", reduction=reduction)
+    network, features = geometry.build()
+    image = images(1, 37, 50)
+    output = geometry.head(features)(network(image))
+    assert output.shape[2:] == (-(-37 // reduction), -(-50 // reduction))
+    drawn = geometry.draw(output, image)
+    assert drawn.shape == image.shape
+    assert (drawn - image).abs().max() < 0.5  # the head starts small
+    flat = geometry.draw(torch.full_like(output, 0.1), image / 2)
+    assert_close(flat, image / 2 + 0.1)
+
+
+def test_what_is_added_is_resized_bilinearly() -> None:
+    geometry = Geometry(output="delta", reduction=2)
+    image, output = torch.full((1, 1, 4, 4), 0.5), torch.zeros(1, 1, 2, 2)
+    output[0, 0, 0, 0] = 0.16
+    across = torch.tensor([1, 0.75, 0.25, 0])  # half-pixel centres, edges held
+    assert_close(geometry.draw(output, image)[0, 0] - 0.5, 0.16 * across[:, None] * across)
+
+
+def test_reduction_saves_multiplications() -> None:
+    counts = []
+    for geometry in (Geometry(output="delta"), Geometry(output="delta", reduction=2)):
+        network, _ = geometry.build()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(images(1, 64, 64))
+        counts.append(counter.get_total_flops())
+    assert counts[1] < 0.27 * counts[0]
 
 
 def test_wrong_geometry_is_named() -> None:
@@ -158,3 +216,7 @@ def test_wrong_geometry_is_named() -> None:
         Geometry(widths=(16,))
     with pytest.raises(ValueError, match="but got 'resnet19'"):
         Geometry("resnet19").build()
+    with pytest.raises(ValueError, match=r"reduction must be 1.* got 2 with 'sigmoid'"):
+        Geometry(reduction=2)
+    with pytest.raises(ValueError, match=r"reduction must be 1.* got 0 with 'delta'"):
+        Geometry(output="delta", reduction=0)

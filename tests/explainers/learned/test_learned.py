@@ -95,12 +95,16 @@ def unchanged(module: nn.Module, before: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("build", CLASSES)
-@pytest.mark.parametrize("output", ["sigmoid", "clip"])
+@pytest.mark.parametrize(("output", "reduction"), [("sigmoid", 1), ("clip", 1), ("delta", 2)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_generated_images_are_images(
-    build: type[Single], output: Literal["sigmoid", "clip"], channels: Literal[1, 3]
+    build: type[Single],
+    output: Literal["sigmoid", "clip", "delta"],
+    reduction: int,
+    channels: Literal[1, 3],
 ) -> None:
-    explainer = build(network(), geometry=Geometry("plain", (4, 6), channels, output))
+    geometry = Geometry("plain", (4, 6), channels, output, reduction=reduction)
+    explainer = build(network(), geometry=geometry)
     for generated in explainer(images(2, channels)):
         assert generated.shape == (2, channels, 32, 32)
         assert generated.min() >= 0

@@ -125,3 +125,8 @@ def test_the_mask_has_half_the_resolution() -> None:
     found = explainer.mask(torch.ones(1, 1, 24, 24), torch.tensor([1]))
     expected = nn.functional.interpolate(half.sigmoid(), (24, 24), mode="bilinear")
     assert_close(found, expected)
+
+
+def test_a_mask_is_not_added_to_the_image() -> None:
+    with pytest.raises(ValueError, match="leave output 'delta' to the others"):
+        MaskGenerator(spot(), geometry=Geometry(output="delta"))
