@@ -71,9 +71,7 @@ class MaskGenerator(LearnedExplainer):
     ) -> None:
         super().__init__(network, geometry, optimisation)
         if self.geometry.output == "delta":
-            raise ValueError(
-                "a mask is added to nothing: leave output 'delta' to other explainers."
-            )
+            raise ValueError("a mask is added to nothing: leave output 'delta' to the others.")
         self.conditional, self.background, self.blur = conditional, background, blur
         self.weights = weights or MaskWeights()
         self.planes = self.network.num_classes if conditional else 0
