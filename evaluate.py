@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
     track,
 )
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from classifiers import Classifier, Network, Optimisation, load_network
@@ -38,6 +39,7 @@ from explainers import attribution
 from explainers.base import Explainer
 from explainers.evaluation import compare as scoring
 from explainers.evaluation import pictures, published, report
+from explainers.evaluation import repeatability as pairs
 from explainers.evaluation import sanity as checks
 from explainers.evaluation.finished import Finished
 from explainers.evaluation.results import Results
@@ -292,9 +294,33 @@ class Study:
             rows += checks.score_states(
                 label, by_network.__getitem__, pair, self.batches, self.views, keeps_target=False
             )
+        checks.write(self.with_groups(rows), set(kept), out, name, across)
+
+    def with_groups(self, rows: scoring.Rows) -> pd.DataFrame:
+        """Scores as a table that has the group of each image."""
         scores = pd.DataFrame(rows)
         scores.insert(1, "group", scores["id"].map(self.groups))
-        checks.write(scores, set(kept), out, name, across)
+        return scores
+
+    def ids(self) -> list[str]:
+        """Of the images, in their order."""
+        return [name for batch in self.batches for name in batch["id"]]
+
+    def maps(self, explainers: Mapping[pairs.Training, Explainer]) -> dict[pairs.Training, Tensor]:
+        """Maps of all images by every explainer: of the labelled class, or the decided one."""
+        return {
+            training: torch.cat(
+                [
+                    explainer.explain(
+                        batch["image"],
+                        None if isinstance(explainer, LearnedExplainer) else batch["label"],
+                        self.views,
+                    )
+                    for batch in self.batches
+                ]
+            )
+            for training, explainer in explainers.items()
+        }
 
 
 def sanity(
@@ -374,6 +400,57 @@ def label_randomisation(
     states = two_states("labels", subject.network, relabelled)
     name, across = "label_randomisation", "0: true labels, 1: shuffled labels"
     subject.write(lambda: states, relabelled, Path(out), name, across)
+
+
+def repeatability(
+    data: ImageDataModule,
+    classifiers: dict[str, list[str]],
+    methods: dict[str, Method] | None = None,
+    explainers: dict[str, dict[str, list[str]]] | None = None,
+    views: Views | None = None,
+    images: int = 64,
+    split: Literal["val", "test"] = "test",
+    out: str = "runs/repeatability",
+    seed: int = 0,
+    accelerator: str = "auto",
+) -> None:
+    """Compare the maps of several trainings, of one architecture or of several.
+
+    Writes repeatability_scores.csv (per image and pair), repeatability.csv, repeatability.md and
+    a matrix for every method. The labelled class is explained, by learned explainers the decided.
+
+    Args:
+        data: Images with masks.
+        classifiers: Checkpoints of the classifiers, by the name of their architecture.
+        methods: By the name of their row; random map and edge map are always there.
+        explainers: By the name of their row, checkpoints by the name of the architecture.
+        views: Geometric views to average over; none by default.
+        images: Annotated images, drawn by a hash of their ids; 0 takes all.
+        split: Of the images.
+        out: Folder that everything is written to.
+        seed: Of everything that draws.
+        accelerator: Where it runs.
+    """
+    first = next(iter(classifiers.values()))[0]
+    study = Study(data, first, methods, None, None, views, images, split, seed, accelerator)
+    trainings: dict[pairs.Training, Network] = {}
+    for name, paths in classifiers.items():
+        for k, path in enumerate(paths):
+            network = load_network(path).to(study.device)
+            check_classes(network.class_names, data.class_names)
+            trainings[pairs.Training(name, k)] = network
+    rows: scoring.Rows = []
+    for label, build in track(study.methods.items(), "Explaining", total=len(study.methods)):
+        built = {training: build(network) for training, network in trainings.items()}
+        rows += pairs.pair_scores(label, study.maps(built), study.ids())
+    for label, by_architecture in (explainers or {}).items():
+        learned = {
+            pairs.Training(name, k): load_explainer(path).to(study.device)
+            for name, paths in by_architecture.items()
+            for k, path in enumerate(paths)
+        }
+        rows += pairs.pair_scores(label, study.maps(learned), study.ids())
+    pairs.write(study.with_groups(rows), Path(out))
 
 
 def two_states(order: checks.Order, network: Network, other: Network) -> list[checks.State]:

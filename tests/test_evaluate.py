@@ -21,6 +21,7 @@ from PIL import Image
 
 import evaluate
 from classifiers import Network, load_network
+from classifiers.randomise import save_network
 from datamodules import Phantom, Relabelled
 from datamodules.base import Loading
 from datamodules.summary import connected_boxes
@@ -527,3 +528,38 @@ def test_label_randomisation_trains_once(phantom_classifier: Path, tmp_path: Pat
     time = written.stat().st_mtime_ns
     evaluate.label_randomisation(str(tmp_path), **arguments)
     assert written.stat().st_mtime_ns == time
+
+
+def test_repeatability_of_two_architectures(
+    phantom_classifier: Path, phantom_single: Path, tmp_path: Path
+) -> None:
+    """The trained classifier, itself drawn anew, and another architecture."""
+    evaluate.randomise(str(phantom_classifier), str(tmp_path / "again.ckpt"))
+    other = Network("mobilenet_v2", class_names=["healthy", "opacity"])
+    save_network(other, tmp_path / "other.ckpt")
+    evaluate.repeatability(
+        phantom(),
+        {
+            "resnet18": [str(phantom_classifier), str(tmp_path / "again.ckpt")],
+            "mobilenet_v2": [str(tmp_path / "other.ckpt")],
+        },
+        {"Gradient": Gradient},
+        {"Single": {"resnet18": [str(phantom_single), str(phantom_single)]}},
+        images=3,
+        out=str(tmp_path / "out"),
+        accelerator="cpu",
+    )
+    scores = pd.read_csv(tmp_path / "out" / "repeatability_scores.csv")
+    spearman = scores[scores["metric"] == "spearman"].groupby(["method", "pair"])["value"]
+    assert spearman.count().to_dict() == {
+        ("Edge map", "between"): 6,
+        ("Edge map", "within"): 3,
+        ("Gradient", "between"): 6,
+        ("Gradient", "within"): 3,
+        ("Random map", "between"): 6,
+        ("Random map", "within"): 3,
+        ("Single", "within"): 3,
+    }
+    assert spearman.min()["Single", "within"] == pytest.approx(1)
+    assert spearman.min()["Edge map", "between"] == pytest.approx(1)
+    assert spearman.max()["Gradient", "within"] < 0.99

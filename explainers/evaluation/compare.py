@@ -105,7 +105,7 @@ class Cost:
 def annotated(
     batches: Iterable[Batch], device: torch.device, only: Collection[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The images that have a mask, with id and mask, on the device; ``only`` some if given."""
+    """Images that have a mask: id, image, mask, label, on the device; ``only`` some if given."""
     for batch in batches:
         wanted = torch.tensor([only is None or name in only for name in batch["id"]])
         chosen = (batch["has_mask"] & wanted).nonzero().flatten()
@@ -114,6 +114,7 @@ def annotated(
                 "id": [batch["id"][k] for k in chosen.tolist()],
                 "image": batch["image"][chosen].to(device),
                 "mask": batch["mask"][chosen].to(device),
+                "label": batch["label"][chosen].to(device),
             }
 
 
