@@ -41,9 +41,11 @@ from explainers.evaluation import compare as scoring
 from explainers.evaluation import pictures, published, report
 from explainers.evaluation import repeatability as pairs
 from explainers.evaluation import sanity as checks
+from explainers.evaluation import thresholds as cuts
 from explainers.evaluation.finished import Finished
 from explainers.evaluation.results import Results
 from explainers.evaluation.tables import long_table
+from explainers.evaluation.thresholds import Sweep
 from explainers.learned import LearnedExplainer, load_explainer
 from explainers.views import Views
 from train import wandb_mode
@@ -251,9 +253,14 @@ class Study:
             "Edge map": attribution.EdgeMap,
             checks.RANDOM: partial(attribution.RandomMap, seed=seed),
         }
-        chosen = scoring.drawn(data.loader(split), images or None)
-        self.batches = list(scoring.annotated(data.loader(split), self.device, chosen))
-        self.groups = {record.id: record.group for record in data.splits[split]}
+        self.images, self.split = images, split
+        self.batches = self.annotated(split)
+        self.groups = {r.id: r.group for records in data.splits.values() for r in records}
+
+    def annotated(self, split: Literal["val", "test"]) -> list[dict[str, Any]]:
+        """The chosen images of a split that have a mask, in batches."""
+        chosen = scoring.drawn(self.data.loader(split), self.images or None)
+        return list(scoring.annotated(self.data.loader(split), self.device, chosen))
 
     def loaded(
         self, explainers: Mapping[str, str] | None, network: Network
@@ -451,6 +458,59 @@ def repeatability(
         }
         rows += pairs.pair_scores(label, study.maps(learned), study.ids())
     pairs.write(study.with_groups(rows), Path(out))
+
+
+def thresholds(
+    out: str = "runs/thresholds",
+    metric: Literal["jaccard", "dice"] = "jaccard",
+    sweep: Sweep | None = None,
+    smoothing: float = 0.0,
+    **study: Any,
+) -> None:
+    """Cut every method's maps at many thresholds; choose on validation, judge on the split.
+
+    Writes thresholds_scores.csv (per image), thresholds.csv, best_thresholds.csv,
+    thresholds_by_class.csv, thresholds.md and plots.
+
+    Args:
+        out: Folder that everything is written to.
+        metric: By which the best threshold is chosen, for each kind of evidence and their union.
+        sweep: Scalings and thresholds.
+        smoothing: Sigma of a Gaussian over the maps, share of the image side; 0 is off.
+        **study: See Study; retrained has no use here.
+    """
+    subject = Study(**study)
+    batches = {"val": subject.annotated("val"), subject.split: subject.batches}
+    built = {name: build(subject.network) for name, build in subject.methods.items()}
+    rows: scoring.Rows = []
+    for name, explainer in track((built | subject.learned).items(), "Explaining"):
+        for split, parts in batches.items():
+            maps = [
+                explainer.explain(b["image"], views=subject.views, smoothing=smoothing)
+                for b in parts
+            ]
+            image, mask, features = (
+                torch.cat([b[key] for b in parts]) for key in ("image", "mask", "features")
+            )
+            masks = dict(zip(subject.data.feature_names, features.unbind(1), strict=True))
+            rows += (sweep or Sweep()).scores(
+                {"method": name, "split": split},
+                [i for b in parts for i in b["id"]],
+                torch.cat(maps),
+                image,
+                {**masks, cuts.UNION: mask},
+            )
+    every = [b for parts in batches.values() for b in parts]
+    labels = {i: int(k) for b in every for i, k in zip(b["id"], b["label"], strict=True)}
+    decided = {
+        i: int(k)
+        for b in every
+        for i, k in zip(b["id"], subject.network.decide(b["image"]), strict=True)
+    }
+    scores = subject.with_groups(rows)
+    scores["label"] = scores["id"].map(labels).map(dict(enumerate(subject.data.class_names)))
+    scores["correct"] = scores["id"].map(labels) == scores["id"].map(decided)
+    cuts.write(scores, metric, Path(out))
 
 
 def two_states(order: checks.Order, network: Network, other: Network) -> list[checks.State]:

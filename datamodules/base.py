@@ -6,13 +6,14 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8, UInt16
+from jaxtyping import Bool, Float, Int8, UInt8, UInt16
 from kornia.augmentation import (
     AugmentationSequential,
     RandomAffine,
@@ -40,6 +41,10 @@ class Batch(TypedDict):
     label: Int64 (b,), index into the data module's ``class_names``.
     mask: Bool (b, h, w), True inside the evidence (union of all lesions); all False where unknown.
     has_mask: Bool (b,), whether an annotation with at least one pixel exists.
+    features: Bool (b, k, h, w), one mask for each of the data module's ``feature_names``; k may be
+        0, and a feature that an image lacks is all False.
+    importance: Int8 (b, h, w), level of each pixel's region (3 the most relevant .. -1); 0 where
+        the data set has none.
     id: The data set's own name of each image.
     columns: Further columns of the table, as text; a column that a row lacks is "".
     """
@@ -48,6 +53,8 @@ class Batch(TypedDict):
     label: Tensor
     mask: Tensor
     has_mask: Tensor
+    features: Tensor
+    importance: Tensor
     id: list[str]
     columns: dict[str, list[str]]
 
@@ -73,10 +80,19 @@ class Record:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as read: values in [0, 1] (c, h, w), its evidence (h, w) or None if unannotated."""
+    """One image as read.
+
+    Attributes:
+        image: Values in [0, 1].
+        mask: Its evidence, the union of all; None if it is not annotated.
+        features: Masks by name, where the data set tells several kinds of evidence apart.
+        importance: Level of each pixel's region, where the data set has levels.
+    """
 
     image: Float[Tensor, "c h w"]
     mask: Bool[Tensor, "h w"] | None
+    features: Mapping[str, Bool[Tensor, "h w"]] = field(default_factory=dict)
+    importance: Int8[Tensor, "h w"] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,7 @@ class EvenBatches(DistributedSampler[list[int]]):
 
 
 Item = tuple[Record, Sample]
-Packed = tuple[Tensor, Tensor | None]  # image of integers, mask
+Packed = tuple[Tensor, Sample]  # image of integers, the sample without it
 
 
 class Images(Dataset[Item | list[Item]]):
@@ -203,9 +219,9 @@ class Images(Dataset[Item | list[Item]]):
             return record, self.read(record)
         if record.id not in self.kept:
             sample = self.read(record)
-            self.kept[record.id] = pack(sample.image), sample.mask
-        image, mask = self.kept[record.id]
-        return record, Sample(unpack(image), mask)
+            self.kept[record.id] = pack(sample.image), replace(sample, image=sample.image[:0])
+        image, rest = self.kept[record.id]
+        return record, replace(rest, image=unpack(image))
 
 
 def pack(image: Float[Tensor, "c h w"]) -> UInt8[Tensor, "c h w"] | UInt16[Tensor, "c h w"]:
@@ -221,17 +237,23 @@ def unpack(packed: UInt8[Tensor, "c h w"] | UInt16[Tensor, "c h w"]) -> Float[Te
     return packed.float() / (255 if packed.dtype == torch.uint8 else 65535)
 
 
-def collate(items: Sequence[Item]) -> Batch:
+def collate(items: Sequence[Item], feature_names: Sequence[str] = ()) -> Batch:
     """Stack images read at one size into a batch; a missing mask is all False."""
     records, samples = [item[0] for item in items], [item[1] for item in items]
     blank = torch.zeros(samples[0].image.shape[-2:], dtype=torch.bool)
+    level = blank.to(torch.int8)
     mask = torch.stack([blank if sample.mask is None else sample.mask for sample in samples])
+    each = [[sample.features.get(name, blank) for name in feature_names] for sample in samples]
+    features = [torch.stack(masks) if masks else blank[None][:0] for masks in each]
+    levels = [level if sample.importance is None else sample.importance for sample in samples]
     names = dict.fromkeys(name for record in records for name in record.columns)
     return Batch(
         image=torch.stack([sample.image for sample in samples]),
         label=torch.tensor([record.label for record in records]),
         mask=mask,
         has_mask=mask.flatten(1).any(1),
+        features=torch.stack(features),
+        importance=torch.stack(levels),
         id=[record.id for record in records],
         columns={name: [record.columns.get(name, "") for record in records] for name in names},
     )
@@ -304,6 +326,7 @@ class ImageDataModule(LightningDataModule, ABC):
     Attributes:
         class_names: Names of the labels. Label 0 is the normal class; images of every other label
             carry evidence, which a mask may outline.
+        feature_names: Kinds of evidence that have masks of their own; none by default.
         splits: Records of each split, from ``setup`` on.
 
     Raises:
@@ -311,6 +334,7 @@ class ImageDataModule(LightningDataModule, ABC):
     """
 
     class_names: tuple[str, ...]
+    feature_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -420,19 +444,27 @@ class ImageDataModule(LightningDataModule, ABC):
             batch_size,
             sampler=sampler,
             drop_last=drop_last,
-            collate_fn=collate,
+            collate_fn=partial(collate, feature_names=self.feature_names),
             num_workers=self.loading.workers,
             persistent_workers=self.loading.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augment a training batch on its device, image and mask by the same draw."""
+        """Augment a training batch on its device, image, masks and levels by the same draw."""
         if self.augment is None or self.trainer is None or not self.trainer.training:
             return batch
-        image, mask = self.augment(batch["image"], batch["mask"][:, None].float())
-        mask = mask[:, 0] > 0.5
-        return {**batch, "image": image, "mask": mask, "has_mask": mask.flatten(1).any(1)}
+        planes = [batch["mask"][:, None], batch["importance"][:, None], batch["features"]]
+        image, moved = self.augment(batch["image"], torch.cat([p.float() for p in planes], 1))
+        mask = moved[:, 0] > 0.5
+        return {
+            **batch,
+            "image": image,
+            "mask": mask,
+            "has_mask": mask.flatten(1).any(1),
+            "importance": moved[:, 1].round().to(torch.int8),
+            "features": moved[:, 2:] > 0.5,
+        }
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the trainer behind: workers that are spawned receive a copy of this object."""

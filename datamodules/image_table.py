@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from datamodules.base import (
     Augmentation,
     ImageDataModule,
@@ -42,6 +44,7 @@ class Row:
         record: What the data module lists.
         image: File of the image.
         mask: File of the mask, if the table names one.
+        features: Files of the masks of single kinds of evidence, by name.
         boxes: Evidence in pixels of the image; not used if there is a mask.
     """
 
@@ -49,6 +52,7 @@ class Row:
     record: Record
     image: Path
     mask: Path | None
+    features: dict[str, Path]
     boxes: tuple[Box, ...]
 
 
@@ -57,6 +61,7 @@ class ImageTable(ImageDataModule):
 
     Columns: ``image`` (path relative to the table's folder; it is the id unless there is a column
     ``id``) and ``label``; optional ``mask`` (path of an image, non-zero inside the evidence),
+    ``mask_<feature>`` for each kind of evidence (their union is the evidence without ``mask``),
     ``boxes`` (JSON list of [x0, y0, x1, y1], half-open, pixels of the image; a mask goes first),
     ``split`` (train, val or test; empty is drawn from the seed), ``group``. The columns that are
     not id, image, mask, boxes or split go into the batch as text.
@@ -66,6 +71,7 @@ class ImageTable(ImageDataModule):
         classes: Labels in the order of the classes, the first one without evidence; or for each
             class the labels merged into it; None takes the labels of the table, sorted.
         group: Column whose images never part; None takes "group" if the table has it.
+        features: Kinds of evidence that have columns of masks; none by default.
         loading: Size, channels, batch size and workers.
         augmentation: Of training batches; None is off.
         seed: Of the splits that the table leaves open.
@@ -81,6 +87,7 @@ class ImageTable(ImageDataModule):
         table: str,
         classes: list[str] | dict[str, list[str]] | None = None,
         group: str | None = None,
+        features: list[str] | None = None,
         loading: Loading | None = None,
         augmentation: Augmentation | None = None,
         seed: int = 0,
@@ -89,6 +96,7 @@ class ImageTable(ImageDataModule):
     ) -> None:
         super().__init__(loading, augmentation, seed, fold, folds)
         self.table, self.group = data_root() / table, group
+        self.feature_names = tuple(features or ())
         if classes is None:
             classes = sorted({row["label"] for _, row in _lines(self.table)} - {""})
         merged = classes if isinstance(classes, dict) else {name: [name] for name in classes}
@@ -120,25 +128,31 @@ class ImageTable(ImageDataModule):
         row, size = self.rows[record.id], self.loading.size
         try:
             image = read_image(row.image, self.loading.channels)
-            mask = None if row.mask is None else read_mask(row.mask)
+            files = ({"": row.mask} if row.mask else {}) | row.features
+            masks = {name: read_mask(path) for name, path in files.items()}
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from error
         height, width = image.shape[1:]
-        if mask is not None and mask.shape != (height, width):
-            raise ValueError(
-                f"{row.place}: mask {row.mask} must have the image's size {height} x {width}, "
-                f"but has {mask.shape[0]} x {mask.shape[1]}."
-            )
+        for name, mask in masks.items():
+            if mask.shape != (height, width):
+                raise ValueError(
+                    f"{row.place}: mask {files[name]} must have the image's size {height} x "
+                    f"{width}, but has {mask.shape[0]} x {mask.shape[1]}."
+                )
         for box in row.boxes:
             if box[2] > width or box[3] > height:
                 raise ValueError(
                     f"{row.place}: box {list(box)} must lie inside the image, which is {width} "
                     f"pixels wide and {height} high."
                 )
-        if mask is not None:
-            return Sample(resize_image(image, size), resize_mask(mask, size))
-        drawn = boxes_to_mask(row.boxes, height, width, size) if row.boxes else None
-        return Sample(resize_image(image, size), drawn)
+        union = boxes_to_mask(row.boxes, height, width, size) if row.boxes else None
+        if masks:
+            whole = masks.pop("", None)
+            union = resize_mask(
+                torch.stack([*masks.values()]).any(0) if whole is None else whole, size
+            )
+        features = {name: resize_mask(mask, size) for name, mask in masks.items()}
+        return Sample(resize_image(image, size), union, features)
 
     def _parse(self, place: str, line: dict[str, str]) -> Row:
         label, group = line["label"], self.group or "group"
@@ -148,12 +162,18 @@ class ImageTable(ImageDataModule):
         if self.group is not None and self.group not in line:
             columns = ", ".join(line)
             raise ValueError(f"{place}: there is no group column {group!r}, only {columns}.")
+        masks = {f"mask_{name}": name for name in self.feature_names}
+        for column in masks:
+            if column not in line:
+                raise ValueError(
+                    f"{place}: column {column!r} is missing, but the features name it."
+                )
         record = Record(
             id=line.get("id") or line["image"],
             label=self.class_of[label],
             split=_split(place, line.get("split", "")),
             group=line.get(group, ""),
-            columns={name: text for name, text in line.items() if name not in OWN_COLUMNS},
+            columns={k: text for k, text in line.items() if k not in OWN_COLUMNS | {*masks}},
         )
         image = _existing(place, "image", self.table.parent / line["image"])
         mask = line.get("mask")
@@ -162,6 +182,11 @@ class ImageTable(ImageDataModule):
             record,
             image,
             _existing(place, "mask", self.table.parent / mask) if mask else None,
+            {
+                name: _existing(place, column, self.table.parent / line[column])
+                for column, name in masks.items()
+                if line[column]
+            },
             _boxes(place, line.get("boxes", "")),
         )
 

@@ -22,15 +22,16 @@ from PIL import Image
 import evaluate
 from classifiers import Network, load_network
 from classifiers.randomise import save_network
-from datamodules import Phantom, Relabelled
+from datamodules import ImageTable, Phantom, Relabelled
 from datamodules.base import Loading
 from datamodules.summary import connected_boxes
 from explainers import Views, load_explainer
 from explainers.attribution import GradCAM, Gradient, SmoothGrad
 from explainers.evaluation import compare as scoring
 from explainers.evaluation.finished import Finished, source_of
-from explainers.evaluation.metrics import localisation_scores
+from explainers.evaluation.metrics import localisation_scores, min_max
 from explainers.evaluation.results import Results
+from explainers.evaluation.thresholds import Sweep
 from explainers.views import smooth
 
 ROOT = Path(__file__).parents[1]
@@ -563,3 +564,65 @@ def test_repeatability_of_two_architectures(
     assert spearman.min()["Single", "within"] == pytest.approx(1)
     assert spearman.min()["Edge map", "between"] == pytest.approx(1)
     assert spearman.max()["Gradient", "within"] < 0.99
+
+
+def test_thresholds_of_features_and_their_union(phantom_classifier: Path, tmp_path: Path) -> None:
+    """Scores worked out image by image; a table with two kinds of evidence."""
+    table = feature_table(tmp_path)
+    loading = Loading(size=32, batch_size=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIMADV_DATA", str(tmp_path))
+        classes = {"healthy": ["0"], "opacity": ["1"]}
+        features = ["left", "right"]
+        data = ImageTable(table.name, classes, features=features, loading=loading)
+        evaluate.thresholds(
+            str(tmp_path / "out"),
+            sweep=Sweep(("map",), (0.3, 0.6)),
+            data=data,
+            classifier=str(phantom_classifier),
+            methods={"Gradient": Gradient},
+            images=0,
+            accelerator="cpu",
+        )
+    scores = pd.read_csv(tmp_path / "out" / "thresholds_scores.csv")
+    assert set(scores["feature"]) == {"left", "right", "union"}
+    network = load_network(phantom_classifier)
+    for batch in data.loader("test"):
+        maps = min_max(Gradient(network).explain(batch["image"]))
+        decided = network.decide(batch["image"])
+        for k in batch["has_mask"].nonzero().flatten().tolist():
+            rows = scores[(scores["id"] == batch["id"][k]) & (scores["method"] == "Gradient")]
+            assert (rows["correct"] == bool(decided[k] == batch["label"][k])).all()
+            masks = [*batch["features"][k], batch["mask"][k]]
+            for name, mask in zip(("left", "right", "union"), masks, strict=True):
+                found = rows[(rows["feature"] == name) & (rows["threshold"] == 0.6)]["jaccard"]
+                kept = maps[k] >= 0.6
+                expected = [(kept & mask).sum().item() / (kept | mask).sum().item()]
+                assert found.tolist() == pytest.approx(expected * bool(mask.any()))
+    assert set(pd.read_csv(tmp_path / "out" / "best_thresholds.csv")["feature"]) == {
+        "left",
+        "right",
+        "union",
+    }
+
+
+def feature_table(folder: Path) -> Path:
+    """Phantoms as files, their evidence cut into a left and a right half."""
+    lines = ["image,label,split,mask_left,mask_right"]
+    data = phantom()
+    for split in ("train", "val", "test"):
+        for batch in data.loader(split):  # type: ignore[arg-type]
+            for k, name in enumerate(batch["id"]):
+                pixels = (batch["image"][k, 0] * 255).round().byte().numpy()
+                Image.fromarray(pixels).save(folder / f"{name}.png")
+                cells = []
+                for side, part in (("left", slice(0, 16)), ("right", slice(16, 32))):
+                    mask = torch.zeros(32, 32).bool()
+                    mask[:, part] = batch["mask"][k][:, part]
+                    cells.append(f"{name}-{side}.png" if mask.any() else "")
+                    if mask.any():
+                        Image.fromarray(mask.byte().numpy() * 255).save(folder / cells[-1])
+                label = int(batch["label"][k])
+                lines.append(",".join([f"{name}.png", str(label), split, *cells]))
+    (folder / "table.csv").write_text("\n".join(lines))
+    return folder / "table.csv"

@@ -27,6 +27,7 @@ Batch = Mapping[str, Any]
 Generator = Callable[[Tensor], tuple[Tensor, Tensor]]
 Rows = list[dict[str, object]]
 T = TypeVar("T")
+TENSORS = ("image", "mask", "label", "features", "importance")  # of a batch
 PAIRS = ("x_xs", "x_xa", "xs_xa")
 
 
@@ -105,16 +106,14 @@ class Cost:
 def annotated(
     batches: Iterable[Batch], device: torch.device, only: Collection[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Images that have a mask: id, image, mask, label, on the device; ``only`` some if given."""
+    """The images that have a mask, with all tensors, on the device; ``only`` some if given."""
     for batch in batches:
         wanted = torch.tensor([only is None or name in only for name in batch["id"]])
         chosen = (batch["has_mask"] & wanted).nonzero().flatten()
         if len(chosen):
             yield {
                 "id": [batch["id"][k] for k in chosen.tolist()],
-                "image": batch["image"][chosen].to(device),
-                "mask": batch["mask"][chosen].to(device),
-                "label": batch["label"][chosen].to(device),
+                **{key: batch[key][chosen].to(device) for key in TENSORS},
             }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -281,6 +282,50 @@ def test_augmented_evidence_stays_on_its_pixels() -> None:
     assert image[~mask].mean() < 0.25
     assert torch.equal(after["has_mask"], after["mask"].flatten(1).any(1))
     assert len({tuple(one.flatten().tolist()) for one in mask}) > 5  # drawn per image
+
+
+class Told(Drawn):
+    """The evidence is of one kind and of level 3; another kind and level -1 are beside it."""
+
+    feature_names = ("square", "strip")
+
+    def read(self, record: Record) -> Sample:
+        sample = super().read(record)
+        strip = torch.zeros(8, 8, dtype=torch.bool)
+        strip[6] = True
+        level = torch.zeros(8, 8, dtype=torch.int8).masked_fill(strip, -1)
+        if sample.mask is None:
+            return replace(sample, features={"strip": strip}, importance=level)
+        level = level.masked_fill(sample.mask, 3)
+        return replace(sample, features={"square": sample.mask, "strip": strip}, importance=level)
+
+
+def test_features_and_levels_reach_the_batch_and_stay_in_memory() -> None:
+    data = Told(rows(20))
+    for _ in range(2):
+        for batch in data.loader("test"):
+            assert batch["features"].shape[1:] == (2, 8, 8)
+            assert batch["features"][:, 0].equal(batch["mask"])
+            assert (batch["features"][:, 1].sum((1, 2)) == 8).all()
+            assert batch["importance"].dtype == torch.int8
+            assert (batch["importance"] == 3).equal(batch["mask"])
+    assert set(data.reads.values()) == {1}
+    plain = next(iter(Drawn(rows(20)).loader("test")))
+    assert plain["features"].shape == (len(plain["id"]), 0, 8, 8)
+    assert not plain["importance"].any()
+
+
+def test_features_and_levels_are_augmented_with_the_mask() -> None:
+    torch.manual_seed(0)
+    data = Told(rows(10), augmentation=Augmentation())
+    items = [(record, data.read(record)) for record in data.rows]
+    data.trainer = Mock(training=True)
+    after = data.on_after_batch_transfer(collate(items, data.feature_names), 0)
+    assert after["features"].dtype == torch.bool
+    assert after["features"][:, 0].equal(after["mask"])
+    assert after["importance"].dtype == torch.int8
+    assert (after["importance"] == 3).equal(after["mask"])
+    assert not (after["features"][:, 1] & after["mask"]).any()
 
 
 def test_mask_moved_out_of_the_image_is_no_mask() -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from datamodules.base import Loading, data_root
+from datamodules.base import Loading, collate, data_root
 from datamodules.image_table import ImageTable
 from datamodules.images import boxes_to_mask
 
@@ -193,3 +193,22 @@ def test_cross_validation_keeps_near_duplicates_together() -> None:
             homes.setdefault(record.group or record.id, set()).add(fold)
     assert all(len(found) == 1 for found in homes.values())
     assert len(homes) == 780 - 274 + 122
+
+
+def test_features_have_masks_of_their_own(tmp_path: Path) -> None:
+    """Their union is the evidence; a missing one is empty in the batch."""
+    for name, rows in (("net", slice(0, 2)), ("dots", slice(6, 8))):
+        mask = np.zeros((8, 16), np.uint8)
+        mask[rows] = 255
+        Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    lines = ["1,a.png,n,,", "2,a.png,s,net.png,dots.png", "3,a.png,s,,dots.png"]
+    table = write(tmp_path, "id,image,label,mask_net,mask_dots", *lines)
+    data = ImageTable(table, ["n", "s"], features=["net", "dots"], loading=SMALL)
+    batch = collate([(r, data.read(r)) for r in data.records()], data.feature_names)
+    assert batch["features"].shape == (3, 2, 8, 8)
+    assert batch["features"].flatten(2).sum(2).tolist() == [[0, 0], [16, 16], [0, 16]]
+    assert batch["mask"].equal(batch["features"].any(1))
+    assert batch["has_mask"].tolist() == [False, True, True]
+    assert list(batch["columns"]) == ["label"]
+    with pytest.raises(ValueError, match="column 'mask_streaks' is missing"):
+        ImageTable(table, ["n", "s"], features=["streaks"]).records()
