@@ -37,6 +37,7 @@ from datamodules.base import ImageDataModule, collate
 from datamodules.summary import content_of_module, sizes
 from explainers import attribution
 from explainers.base import Explainer
+from explainers.evaluation import agreement as groups_of
 from explainers.evaluation import compare as scoring
 from explainers.evaluation import pictures, published, report
 from explainers.evaluation import repeatability as pairs
@@ -44,6 +45,7 @@ from explainers.evaluation import sanity as checks
 from explainers.evaluation import thresholds as cuts
 from explainers.evaluation.finished import Finished
 from explainers.evaluation.results import Results
+from explainers.evaluation.statistics import Row
 from explainers.evaluation.tables import long_table
 from explainers.evaluation.thresholds import Sweep
 from explainers.learned import LearnedExplainer, load_explainer
@@ -511,6 +513,68 @@ def thresholds(
     scores["label"] = scores["id"].map(labels).map(dict(enumerate(subject.data.class_names)))
     scores["correct"] = scores["id"].map(labels) == scores["id"].map(decided)
     cuts.write(scores, metric, Path(out))
+
+
+def agreement(
+    folder: str,
+    columns: list[str],
+    method: str,
+    metric: str = "average_precision",
+    averaged: Literal["plain", "views"] = "plain",
+    smoothing: Literal["raw", "smoothed"] = "raw",
+    out: str = "runs/agreement",
+    pictured: int = 6,
+    **study: Any,
+) -> None:
+    """Break the scores of a comparison down by groups of images; show the extremes of one row.
+
+    Writes agreement.csv and agreement.html, with the images of the highest and lowest score.
+
+    Args:
+        folder: Out folder of compare or pool.
+        columns: To group by: label, decision, correct, confidence (of the decision, in quarters),
+            or any column of the table (numbers in quarters).
+        method: Whose images are shown, by the name of its row.
+        metric: Score.
+        averaged: Form of the row that is shown.
+        smoothing: Form of the row that is shown.
+        out: Folder that everything is written to.
+        pictured: Images at each end.
+        **study: See Study; images and retrained have no use here.
+    """
+    subject = Study(**study)
+    results = Results.read(Path(folder))
+    table = groups_of.by_group(results.scores, results.images, columns, metric)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    table.to_csv(Path(out) / "agreement.csv", index=False)
+    row = Row(method, averaged, smoothing)
+    ends = groups_of.extremes(results.scores, row, metric, pictured)
+    if not ends:
+        raise ValueError(f"row {tuple(row)} has no {metric!r} in {folder!r}.")
+    built = {name: build(subject.network) for name, build in subject.methods.items()}
+    if method not in (everyone := built | subject.learned):
+        raise ValueError(f"method {method!r} is none of {sorted(everyone)}.")
+    sigma = results.costs.set_index(["method", "views"])["sigma"].groupby(level=[0, 1]).mean()
+    width = sigma[method, averaged] if smoothing == "smoothed" else 0.0
+    views = subject.views if averaged == "views" else None
+    loader = subject.data.loader(subject.split)
+    shown: dict[str, list[report.Picture]] = {}
+    for batch in scoring.annotated(loader, subject.device, ends):
+        heat = everyone[method].explain(batch["image"], views=views, smoothing=width)
+        columns_of = {
+            "image": pictures.outlined(pictures.rgb(batch["image"]), batch["mask"]),
+            method: pictures.heat(heat),
+        }
+        for k, name in enumerate(batch["id"]):
+            shown[name] = [report.Picture(label, part[k]) for label, part in columns_of.items()]
+    note = (
+        "Intervals of the means hold one by one; those of the differences (a group against all "
+        "other images) hold together: each leaves out 5 % / m of its row's m differences."
+    )
+    facts = {"Score": metric, "Shown": ", ".join(row), "Intervals": note}
+    captioned = {f"{name}: {value:.3f}": shown.get(name, []) for name, value in ends.items()}
+    page = report.html_page("Agreement by group", facts, {"Groups": table.round(3)}, captioned)
+    (Path(out) / "agreement.html").write_text(page)
 
 
 def two_states(order: checks.Order, network: Network, other: Network) -> list[checks.State]:

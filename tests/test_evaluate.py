@@ -626,3 +626,41 @@ def feature_table(folder: Path) -> Path:
                 lines.append(",".join([f"{name}.png", str(label), split, *cells]))
     (folder / "table.csv").write_text("\n".join(lines))
     return folder / "table.csv"
+
+
+def test_agreement_shows_the_extremes(
+    results: Path, phantom_classifier: Path, phantom_single: Path, tmp_path: Path
+) -> None:
+    def run(method: str, **options: Any) -> None:
+        evaluate.agreement(
+            str(results),
+            ["decision", "correct", "confidence"],
+            method,
+            out=str(tmp_path),
+            pictured=2,
+            data=phantom(),
+            classifier=str(phantom_classifier),
+            methods=sanity_methods(),
+            explainers={"Single": str(phantom_single)},
+            accelerator="cpu",
+            **options,
+        )
+
+    run("Single", smoothing="smoothed")
+    scores = Results.read(results).scores
+    row = scores.query(
+        "method == 'Single' and views == 'plain' and smoothing == 'smoothed' "
+        "and metric == 'average_precision'"
+    ).set_index("id")["value"]
+    table = pd.read_csv(tmp_path / "agreement.csv")
+    cells = table.query("method == 'Single' and views == 'plain' and smoothing == 'smoothed'")
+    for column in set(cells["column"]):
+        part = cells[cells["column"] == column]
+        assert part["images"].sum() == len(row)
+        assert (part["mean"] * part["n"]).sum() == pytest.approx(row.sum())
+    page = (tmp_path / "agreement.html").read_text()
+    for name in (row.idxmax(), row.idxmin()):
+        assert f"{name}: {row[name]:.3f}" in page
+    assert page.count("data:image/png") == 2 * 4
+    with pytest.raises(ValueError, match=r"row \('Duo', 'plain', 'raw'\) has no"):
+        run("Duo")
