@@ -709,14 +709,8 @@ def progress_bar() -> Progress:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    commands: list[Callable[..., object]] = [
-        compare,
-        pool,
-        paper,
-        sanity,
-        randomise,
-        label_randomisation,
-    ]
+    commands: list[Callable[..., object]] = [compare, pool, paper, sanity, randomise]
+    commands += [label_randomisation, repeatability, thresholds, agreement]
     auto_cli(commands, args=arguments, as_positional=False)
 
 

@@ -455,6 +455,27 @@ def test_presets_of_compare_are_understood(
     )
 
 
+COMMANDS = ("sanity", "label_randomisation", "repeatability", "thresholds", "agreement")
+
+
+@pytest.mark.parametrize(
+    "preset",
+    sorted(path for name in COMMANDS for path in (ROOT / "configs").glob(f"*/{name}.yaml")),
+    ids=lambda p: "/".join(p.parts[-2:]),
+)
+def test_presets_of_the_studies_are_understood(
+    preset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([preset.stem, "--config", str(preset), "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert list(printed["methods"]) == list(yaml.safe_load(preset.read_text())["methods"])
+    assert preset.read_text().splitlines()[1] == (
+        f"# python evaluate.py {preset.stem} --config {preset.relative_to(ROOT)}"
+    )
+
+
 @pytest.mark.parametrize(
     "preset", sorted((ROOT / "configs").glob("*/paper.yaml")), ids=lambda p: p.parts[-2]
 )
