@@ -175,17 +175,30 @@ def pool(
     reference: str | None = None,
     logging: Literal["off", "wandb"] = "off",
 ) -> None:
-    """Pool comparisons of several seeds: the mean over seeds per image, intervals over images.
+    """Pool comparisons of several seeds or folds.
+
+    Of several seeds, which share their images, the mean per image is taken; folds, which share
+    none, are put together. Intervals are over images.
 
     Args:
-        folders: Out folders of compare, one per seed, with the same methods and images.
+        folders: Out folders of compare, one per seed or fold, with the same methods.
         out: Folder that the pooled tables and scores are written to.
         reference: Method whose best row the others are held against.
         logging: As in compare.
+
+    Raises:
+        ValueError: If the folders share some of their images, but not all.
     """
     parts = [Results.read(Path(folder)) for folder in folders]
+    ids = [frozenset(part.images["id"]) for part in parts]
+    seeds, folds = len(set(ids)) == 1, len(frozenset.union(*ids)) == sum(map(len, ids))
+    if not seeds and not folds:
+        raise ValueError(
+            "folders must hold the same images (seeds) or none in common (folds), but of "
+            f"{len(frozenset.union(*ids))} images some are in several of {folders}, not in all."
+        )
     scores, images, costs = (
-        pd.concat([part.assign(seed=seed) for seed, part in enumerate(kind)])
+        pd.concat([part.assign(seed=k) if seeds else part for k, part in enumerate(kind)])
         for kind in zip(*((p.scores, p.images, p.costs) for p in parts), strict=True)
     )
     shown = Results(scores, images, costs).write(Path(out), reference)

@@ -371,6 +371,29 @@ def test_pool_takes_the_mean_over_seeds(results: Path, tmp_path: Path) -> None:
     assert (pooled["n"] == first["n"])[rows].all()
 
 
+def test_pool_puts_folds_together(results: Path, tmp_path: Path) -> None:
+    """The images cut into two folds are the images, whole ones and halves are refused."""
+    whole = Results.read(results)
+    for k, part in enumerate((slice(0, 6), slice(6, None))):
+        chosen = set(whole.images["id"].iloc[part])
+        Results(
+            whole.scores[whole.scores["id"].isin(chosen)],
+            whole.images[whole.images["id"].isin(chosen)],
+            whole.costs,
+        ).write(tmp_path / str(k))
+    folders = [str(tmp_path / "0"), str(tmp_path / "1")]
+    evaluate.pool(folders, str(tmp_path / "pooled"))
+    key = ["method", "views", "smoothing", "metric"]
+    one, two = (
+        pd.read_csv(folder / "table.csv").set_index(key).sort_index()
+        for folder in (results, tmp_path / "pooled")
+    )
+    assert one["mean"].to_dict() == pytest.approx(two["mean"].to_dict(), nan_ok=True)
+    assert one["n"].equals(two["n"])
+    with pytest.raises(ValueError, match=r"same images \(seeds\) or none in common \(folds\)"):
+        evaluate.pool([str(results), folders[0]], str(tmp_path / "pooled"))
+
+
 def test_pool_names_a_folder_without_scores(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no scores\.csv"):
         evaluate.pool([str(tmp_path)], str(tmp_path / "out"))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
+from explainers.evaluation.classification import auc_interval, classifier_rows, scored_classes
 from explainers.evaluation.metrics.localisation import PERCENTILES, score_names
 from explainers.evaluation.statistics import (
     ROW,
     Interval,
     Row,
-    bootstrap_interval,
     compare_to,
     summarise,
 )
@@ -72,56 +70,6 @@ def decision_rows(probabilities: pd.DataFrame, images: pd.DataFrame) -> pd.DataF
                 metric = f"auc_{kind}" + (f"_{name}" if len(names) > 1 else "")
                 lines.append((method, "plain", "raw", metric, *auc))
     return pd.DataFrame(lines, columns=[*ROW, "metric", *Interval._fields])
-
-
-def scored_classes(images: pd.DataFrame) -> list[str]:
-    """Classes whose ROC AUC is told: each against the rest, the last one alone of two."""
-    names = [str(c)[2:-1] for c in images.columns if re.fullmatch(r"p\(.*\)", str(c))]
-    return names[1:] if len(names) == 2 else names
-
-
-def classifier_rows(images: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy, and the AUC of each class (the last one alone of two), with intervals."""
-    names = scored_classes(images)
-    rows: dict[str, Interval] = {}
-    accuracy = images.groupby("id", sort=False)["correct"].mean()
-    rows["accuracy"] = bootstrap_interval(accuracy, groups_of(images, accuracy.index))
-    for name in names:
-        rows["auc" if len(names) == 1 else f"auc_{name}"] = auc_interval(images, name)
-    lines = [("Classifier", "plain", "raw", metric, *value) for metric, value in rows.items()]
-    return pd.DataFrame(lines, columns=[*ROW, "metric", *Interval._fields])
-
-
-def groups_of(images: pd.DataFrame, ids: pd.Index) -> pd.Series:
-    """The group of each image."""
-    return images.drop_duplicates("id").set_index("id")["group"].reindex(ids)
-
-
-def auc_interval(images: pd.DataFrame, name: str, samples: int = 2000, seed: int = 0) -> Interval:
-    """ROC AUC of one class against the rest, bootstrapped over groups of images.
-
-    The Mann-Whitney form: share of (positive, negative) pairs in the right order, ties half; of
-    several seeds, each with its own labels, the mean of their AUCs.
-    """
-    first = images.drop_duplicates("id").set_index("id")
-    names = first["group"].where(first["group"] != "", "image " + first.index.astype(str))
-    codes, groups = pd.factorize(names)
-    share = np.full(len(groups), 1 / len(groups))
-    draws = np.random.default_rng(seed).multinomial(len(groups), share, size=samples)[:, codes]
-    means, drawn = [], []
-    for _, part in images.groupby("seed") if "seed" in images else [(0, images)]:
-        one_seed = part.set_index("id").loc[first.index]
-        positive = (one_seed["label"] == name).to_numpy()
-        if positive.all() or not positive.any():
-            return Interval(np.nan, np.nan, np.nan, len(first))
-        score = one_seed[f"p({name})"].to_numpy()
-        pairs = (np.sign(score[positive, None] - score[~positive]) + 1) / 2
-        one, two = draws[:, positive].astype(float), draws[:, ~positive].astype(float)
-        with np.errstate(invalid="ignore"):  # a draw without one of the classes is NaN
-            drawn.append(((one @ pairs) * two).sum(1) / (one.sum(1) * two.sum(1)))
-        means.append(pairs.mean())
-    low, high = np.nanquantile(np.mean(drawn, 0), [0.025, 0.975])
-    return Interval(float(np.mean(means)), float(low), float(high), len(first))
 
 
 def best_row(scores: pd.DataFrame, methods: Sequence[str]) -> Row | None:

@@ -3,13 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
+from explainers.evaluation.classification import (
+    auc_interval,
+    classifier_rows,
+    decision_scores,
+)
 from explainers.evaluation.statistics import Row
 from explainers.evaluation.tables import (
-    auc_interval,
     best_row,
-    classifier_rows,
     decision_rows,
     generated_table,
     long_table,
@@ -94,8 +97,48 @@ def test_auc_without_one_class_is_nan() -> None:
 
 def test_classifier_rows_of_two_classes() -> None:
     rows = classifier_rows(images()).set_index("metric")
-    assert list(rows.index) == ["accuracy", "auc"]
-    assert rows.loc["accuracy", "mean"] == pytest.approx(images()["correct"].mean())
+    table = images()
+    assert rows.loc["accuracy", "mean"] == pytest.approx(table["correct"].mean())
+    truth = precision_recall_fscore_support(
+        table["label"], table["decision"], average=None, labels=["well", "ill"]
+    )
+    for metric, values in zip(("precision", "recall", "f1"), truth[:3], strict=True):
+        assert rows.loc[f"{metric}_well", "mean"] == pytest.approx(values[0])
+        assert rows.loc[f"{metric}_ill", "mean"] == pytest.approx(values[1])
+        assert rows.loc[metric, "low"] < rows.loc[metric, "mean"] < rows.loc[metric, "high"]
+    assert rows.loc["recall", "mean"] == pytest.approx(rows.loc["accuracy", "mean"])
+    assert list(rows.index) == [
+        "accuracy",
+        *(f"{m}{c}" for m in ("precision", "recall", "f1") for c in ("", "_well", "_ill")),
+        "auc",
+    ]
+
+
+def test_weighted_scores_are_scikit_learns() -> None:
+    """Three classes, one of them never decided."""
+    label, decision = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 0]
+    table = confusion_matrix(label, decision).astype(float)
+    found = {k: v.item() for k, v in decision_scores(table[None], list("abc")).items()}
+    expected = precision_recall_fscore_support(label, decision, average="weighted", zero_division=0)
+    assert [found[m] for m in ("precision", "recall", "f1")] == pytest.approx(expected[:3])
+    assert found["precision_c"] == found["f1_c"] == 0
+
+
+def test_a_class_without_images_has_no_score() -> None:
+    scores = decision_scores(np.array([[[3.0, 1.0], [0.0, 0.0]]]), ["well", "ill"])
+    found = {name: value.item() for name, value in scores.items()}
+    assert np.isnan([found[f"{m}_ill"] for m in ("precision", "recall", "f1")]).all()
+    assert found["recall"] == found["accuracy"] == 0.75
+
+
+def test_accuracy_interval_is_that_of_resampled_images() -> None:
+    table = images(60)
+    rng = np.random.default_rng(1)
+    means = [table["correct"].iloc[rng.integers(60, size=60)].mean() for _ in range(2000)]
+    row = classifier_rows(table).set_index("metric").loc["accuracy"]
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert row["low"] == pytest.approx(low, abs=0.03)
+    assert row["high"] == pytest.approx(high, abs=0.03)
 
 
 def test_correct_rows_leave_out_the_wrong_images() -> None:
@@ -139,7 +182,7 @@ def test_auc_of_decisions_follows_each_seeds_own() -> None:
 
 def test_a_column_that_begins_with_p_is_no_class() -> None:
     table = images().assign(p_id="7", patient="x")
-    assert list(classifier_rows(table)["metric"]) == ["accuracy", "auc"]
+    assert list(classifier_rows(table)["metric"]) == list(classifier_rows(images())["metric"])
 
 
 def test_wide_table_holds_difference_to_the_best_row() -> None:
