@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo folds test check clean
 
 setup: .venv/.installed ## Create .venv and install the project with everything the tests need
 
@@ -17,6 +17,22 @@ demo: setup ## Phantom images, classifier, explainer, comparison, runs/demo/repo
 	$(BIN)/python train.py fit -c configs/demo/single1.yaml
 	$(BIN)/python evaluate.py compare --config configs/demo/compare.yaml
 	@echo "The report is runs/demo/report.html, its table runs/demo/table.csv."
+
+DATA ?= busi
+FOLDS ?= 5
+FOLD_OPTIONS = --data.fold $$i --data.folds $(FOLDS)
+
+folds: setup ## Cross-validation of configs/$(DATA): classifier, explainer and table of each fold, pooled
+	set -e; parts=; for i in $$(seq 0 $$(($(FOLDS) - 1))); do \
+		out=runs/$(DATA)/folds/$$i; \
+		$(BIN)/python train.py fit -c configs/$(DATA)/classifier.yaml $(FOLD_OPTIONS) --out $$out/classifier; \
+		$(BIN)/python train.py fit -c configs/$(DATA)/single1_w_tv.yaml $(FOLD_OPTIONS) \
+			--model.network $$out/classifier/last.ckpt --out $$out/single1_w_tv; \
+		$(BIN)/python evaluate.py compare --config configs/$(DATA)/compare.yaml $(FOLD_OPTIONS) \
+			--classifier $$out/classifier/last.ckpt --out $$out/compare \
+			--explainers "{\"Single_1 (W, TV)\": \"$$out/single1_w_tv/last.ckpt\"}"; \
+		parts="$$parts, $$out/compare"; \
+	done; $(BIN)/python evaluate.py pool --folders "[$${parts#, }]" --out runs/$(DATA)/folds/pooled
 
 test: setup ## Set up, then every check
 	$(MAKE) check
