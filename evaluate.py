@@ -237,6 +237,10 @@ class Study:
         split: Of the images.
         seed: Of everything that draws.
         accelerator: Where it runs.
+
+    Raises:
+        ValueError: If an explainer was trained for another classifier, or retrained names one that
+            explainers does not.
     """
 
     def __init__(
@@ -263,6 +267,8 @@ class Study:
         check_classes(self.network.class_names, data.class_names)
         self.learned = self.loaded(explainers, self.network)
         self.retrained = retrained or {}
+        if unknown := sorted(set(self.retrained) - set(self.learned)):
+            raise ValueError(f"retrained names {unknown}, which explainers does not; name both.")
         self.methods: dict[str, Method] = {
             **(methods or {}),
             "Edge map": attribution.EdgeMap,

@@ -403,6 +403,8 @@ def test_another_classifier_is_refused(phantom_classifier: Path, phantom_single:
     network = load_network(phantom_classifier)
     with torch.no_grad():
         network.backbone.fc.bias.add_(1)
+    with pytest.raises(ValueError, match=r"retrained names \['Duo'\], which explainers does not"):
+        evaluate.sanity(str(tmp_path / "out"), **arguments | {"retrained": {"Duo": "x.ckpt"}})
     with pytest.raises(ValueError, match="'Single' was trained for another classifier"):
         evaluate.same_classifier(load_explainer(phantom_single), network, "Single")
 
@@ -548,6 +550,8 @@ def test_sanity_with_kept_and_retrained_explainers(
     assert (spearman.loc[("Gradient", "cascading", 2), "value"] < 0.99).all()
     text = (tmp_path / "out" / "sanity.md").read_text()
     assert "its generator does not read the classifier" in text
+    with pytest.raises(ValueError, match=r"retrained names \['Duo'\], which explainers does not"):
+        evaluate.sanity(str(tmp_path / "out"), **arguments | {"retrained": {"Duo": "x.ckpt"}})
     with pytest.raises(ValueError, match="'Single' was trained for another classifier"):
         evaluate.sanity(str(tmp_path / "out"), steps=2, seed=3, **arguments)
 
