@@ -431,16 +431,10 @@ def label_randomisation(
 
 
 def repeatability(
-    data: ImageDataModule,
     classifiers: dict[str, list[str]],
-    methods: dict[str, Method] | None = None,
     explainers: dict[str, dict[str, list[str]]] | None = None,
-    views: Views | None = None,
-    images: int = 64,
-    split: Literal["val", "test"] = "test",
     out: str = "runs/repeatability",
-    seed: int = 0,
-    accelerator: str = "auto",
+    **study: Any,
 ) -> None:
     """Compare the maps of several trainings, of one architecture or of several.
 
@@ -448,37 +442,31 @@ def repeatability(
     a matrix for every method. The labelled class is explained, by learned explainers the decided.
 
     Args:
-        data: Images with masks.
         classifiers: Checkpoints of the classifiers, by the name of their architecture.
-        methods: By the name of their row; random map and edge map are always there.
         explainers: By the name of their row, checkpoints by the name of the architecture.
-        views: Geometric views to average over; none by default.
-        images: Annotated images, drawn by a hash of their ids; 0 takes all.
-        split: Of the images.
         out: Folder that everything is written to.
-        seed: Of everything that draws.
-        accelerator: Where it runs.
+        **study: See Study.
     """
     first = next(iter(classifiers.values()))[0]
-    study = Study(data, first, methods, None, None, views, images, split, seed, accelerator)
+    subject = Study(classifier=first, explainers=None, retrained=None, **study)
     trainings: dict[pairs.Training, Network] = {}
     for name, paths in classifiers.items():
         for k, path in enumerate(paths):
-            network = load_network(path).to(study.device)
-            check_classes(network.class_names, data.class_names)
+            network = load_network(path).to(subject.device)
+            check_classes(network.class_names, subject.data.class_names)
             trainings[pairs.Training(name, k)] = network
     rows: scoring.Rows = []
-    for label, build in track(study.methods.items(), "Explaining", total=len(study.methods)):
+    for label, build in track(subject.methods.items(), "Explaining", total=len(subject.methods)):
         built = {training: build(network) for training, network in trainings.items()}
-        rows += pairs.pair_scores(label, study.maps(built), study.ids())
+        rows += pairs.pair_scores(label, subject.maps(built), subject.ids())
     for label, by_architecture in (explainers or {}).items():
         learned = {
-            pairs.Training(name, k): load_explainer(path).to(study.device)
+            pairs.Training(name, k): load_explainer(path).to(subject.device)
             for name, paths in by_architecture.items()
             for k, path in enumerate(paths)
         }
-        rows += pairs.pair_scores(label, study.maps(learned), study.ids())
-    pairs.write(study.with_groups(rows), Path(out))
+        rows += pairs.pair_scores(label, subject.maps(learned), subject.ids())
+    pairs.write(subject.with_groups(rows), Path(out))
 
 
 def thresholds(

@@ -587,15 +587,15 @@ def test_repeatability_of_two_architectures(
     other = Network("mobilenet_v2", class_names=["healthy", "opacity"])
     save_network(other, tmp_path / "other.ckpt")
     evaluate.repeatability(
-        phantom(),
         {
             "resnet18": [str(phantom_classifier), str(tmp_path / "again.ckpt")],
             "mobilenet_v2": [str(tmp_path / "other.ckpt")],
         },
-        {"Gradient": Gradient},
         {"Single": {"resnet18": [str(phantom_single), str(phantom_single)]}},
+        str(tmp_path / "out"),
+        data=phantom(),
+        methods={"Gradient": Gradient},
         images=3,
-        out=str(tmp_path / "out"),
         accelerator="cpu",
     )
     scores = pd.read_csv(tmp_path / "out" / "repeatability_scores.csv")

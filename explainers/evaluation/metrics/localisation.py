@@ -147,11 +147,16 @@ def average_precision(
 def ranked_average_precision(ranked: Ranked) -> Float64[Tensor, " b"]:
     """Average precision from sorted pixels."""
     values, hits = ranked
+    start, count = tie_starts(values), values.shape[1]
+    precision = hits[:, :-1].gather(1, start).double() / (count - start)
+    return -(precision * hits.diff(dim=1)).sum(1) / hits[:, 0]
+
+
+def tie_starts(values: Float32[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
+    """Index of the first of the equal values that each of the ascending values belongs to."""
     index = torch.arange(values.shape[1], device=values.device)
     first = pad(values[:, 1:] != values[:, :-1], (1, 0), value=True)
-    start = torch.where(first, index, 0).cummax(1).values  # of the tie that a pixel is in
-    precision = (hits[:, :-1].double() / (len(index) - index)).gather(1, start)
-    return -(precision * hits.diff(dim=1)).sum(1) / hits[:, 0]
+    return torch.where(first, index, 0).cummax(1).values
 
 
 def total_auc(curve: PercentileCurve) -> Float64[Tensor, " b"]:

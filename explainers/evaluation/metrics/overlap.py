@@ -12,7 +12,7 @@ from skimage.filters import threshold_otsu
 from torch import Tensor
 from torch.nn.functional import pad
 
-from explainers.evaluation.metrics.localisation import rank
+from explainers.evaluation.metrics.localisation import rank, tie_starts
 from explainers.evaluation.metrics.scaling import known
 
 TENTHS = tuple(round(0.1 * k, 1) for k in range(11))
@@ -146,10 +146,8 @@ def pixel_auprc(
     Source: Arun et al. 2021; scikit-learn's ``precision_recall_curve`` and ``auc``.
     """
     values, hits = rank(saliency, mask)
-    index = torch.arange(values.shape[1], device=values.device)
-    first = pad(values[:, 1:] != values[:, :-1], (1, 0), value=True)
-    start = torch.where(first, index, 0).cummax(1).values  # of the tie that a pixel is in
+    start = tie_starts(values)
     found = hits[:, :-1].gather(1, start).double()
-    precision = pad(found / (len(index) - start), (0, 1), value=1.0)
+    precision = pad(found / (values.shape[1] - start), (0, 1), value=1.0)
     recall = pad(found / hits[:, :1], (0, 1))
     return -torch.trapezoid(precision, recall, dim=1)
