@@ -26,7 +26,7 @@ def min_max(saliency: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
     return torch.where(high > low, (saliency - low) / (high - low), 0.0)
 
 
-def set_range(maps: Iterable[Float[Tensor, "b h w"]]) -> tuple[float, float]:
+def set_range(maps: Iterable[Float[Tensor, "_ h w"]]) -> tuple[float, float]:
     """1st and 99th percentile of the pixels of a whole set of maps; NaN is left out.
 
     The z-score by the set's mean and deviation, which METHOD.md's dermoscopy study asks for,
