@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -275,8 +275,17 @@ class Study:
             checks.RANDOM: partial(attribution.RandomMap, seed=seed),
         }
         self.images, self.split = images, split
-        self.batches = self.annotated(split)
         self.groups = {r.id: r.group for records in data.splits.values() for r in records}
+
+    @cached_property
+    def batches(self) -> list[dict[str, Any]]:
+        """The chosen images."""
+        return self.annotated(self.split)
+
+    @property
+    def explainers(self) -> dict[str, Explainer]:
+        """Every method of this classifier and the learned explainers, by name."""
+        return {name: build(self.network) for name, build in self.methods.items()} | self.learned
 
     def annotated(self, split: Literal["val", "test"]) -> list[dict[str, Any]]:
         """The chosen images of a split that have a mask, in batches."""
@@ -422,7 +431,8 @@ def label_randomisation(
             Network(**subject.network.recipe), optimisation or Optimisation(1e-3, "constant")
         )
         shuffled = Relabelled(subject.data, share, subject.seed)
-        fit_by_heart(module, shuffled, accuracy, max_epochs, Path(out), subject.accelerator)
+        loaders = shuffled.train_dataloader(), shuffled.loader("train")
+        fit_by_heart(module, *loaders, accuracy, max_epochs, Path(out), subject.accelerator)
         save_network(module.network, path)
     relabelled = load_network(path).to(subject.device)
     states = two_states("labels", subject.network, relabelled)
@@ -490,9 +500,8 @@ def thresholds(
     """
     subject = Study(**study)
     batches = {"val": subject.annotated("val"), subject.split: subject.batches}
-    built = {name: build(subject.network) for name, build in subject.methods.items()}
     rows: scoring.Rows = []
-    for name, explainer in track((built | subject.learned).items(), "Explaining"):
+    for name, explainer in track(subject.explainers.items(), "Explaining"):
         for split, parts in batches.items():
             maps = [
                 explainer.explain(b["image"], views=subject.views, smoothing=smoothing)
@@ -558,16 +567,15 @@ def agreement(
     ends = groups_of.extremes(results.scores, row, metric, pictured)
     if not ends:
         raise ValueError(f"row {tuple(row)} has no {metric!r} in {folder!r}.")
-    built = {name: build(subject.network) for name, build in subject.methods.items()}
-    if method not in (everyone := built | subject.learned):
-        raise ValueError(f"method {method!r} is none of {sorted(everyone)}.")
+    if method not in (explainers := subject.explainers):
+        raise ValueError(f"method {method!r} is none of {sorted(explainers)}.")
     sigma = results.costs.set_index(["method", "views"])["sigma"].groupby(level=[0, 1]).mean()
     width = sigma[method, averaged] if smoothing == "smoothed" else 0.0
     views = subject.views if averaged == "views" else None
     loader = subject.data.loader(subject.split)
     shown: dict[str, list[report.Picture]] = {}
     for batch in scoring.annotated(loader, subject.device, ends):
-        heat = everyone[method].explain(batch["image"], views=views, smoothing=width)
+        heat = explainers[method].explain(batch["image"], views=views, smoothing=width)
         columns_of = {
             "image": pictures.outlined(pictures.rgb(batch["image"]), batch["mask"]),
             method: pictures.heat(heat),
@@ -619,7 +627,7 @@ def checked_limits(
 
 
 def controls(network: Network, data: ImageDataModule, seed: int) -> list[scoring.Entry]:
-    """The four controls that every table holds (PROTOCOLS: controls)."""
+    """The four controls that every table holds."""
     training = DataLoader(data.dataset("train"), data.loading.batch_size, collate_fn=collate)
     mask = attribution.mean_mask(training).to(network.mean.device)
     rows: dict[str, Explainer] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -82,17 +81,17 @@ def redraw(module: nn.Module, generator: torch.Generator) -> None:
     """Draw the module's own weights anew; see `randomised`."""
     norm = not any(p.ndim > 1 for p in module.parameters(recurse=False))
     for name, weight in module.named_parameters(recurse=False):
+        drawn = torch.empty(weight.shape)  # on the CPU, where the generator is
         if "bias" in name:
-            weight.zero_()
+            nn.init.zeros_(drawn)
         elif norm and name == "weight":
-            weight.fill_(1)
+            nn.init.ones_(drawn)
+        elif weight.ndim > 1 and "weight" in name:
+            nn.init.kaiming_normal_(drawn, nonlinearity="relu", generator=generator)
         else:
-            matrix = weight.ndim > 1 and "weight" in name
-            deviation = math.sqrt(2 / weight[0].numel()) if matrix else 0.02
-            weight.copy_(deviation * torch.randn(weight.shape, generator=generator))
-    for name, statistic in module.named_buffers(recurse=False):
-        if name in ("running_mean", "running_var"):
-            statistic.fill_(1 if name == "running_var" else 0)
+            nn.init.normal_(drawn, std=0.02, generator=generator)
+        weight.copy_(drawn)
+    getattr(module, "reset_running_stats", lambda: None)()
 
 
 def save_network(network: Network, path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -513,8 +514,14 @@ def test_presets_of_paper_read_what_compare_writes(
     assert folder in written
 
 
-def sanity_methods() -> dict[str, evaluate.Method]:
-    return {"Gradient": Gradient, "Grad-CAM": lambda network: GradCAM(network, "layer1")}
+def sanity_arguments(classifier: Path) -> dict[str, Any]:
+    return {
+        "data": phantom(),
+        "classifier": str(classifier),
+        "methods": {"Gradient": Gradient, "Grad-CAM": partial(GradCAM, layer="layer1")},
+        "accelerator": "cpu",
+        "images": 4,
+    }
 
 
 def test_sanity_with_kept_and_retrained_explainers(
@@ -528,14 +535,9 @@ def test_sanity_with_kept_and_retrained_explainers(
     (tmp_path / "preset.yaml").write_text(yaml.safe_dump(preset))
     small = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--logging", "off"]
     train("fit", "-c", tmp_path / "preset.yaml", "--out", tmp_path / "single", *small)
-    arguments = {
-        "data": phantom(),
-        "classifier": str(phantom_classifier),
-        "methods": sanity_methods(),
+    arguments = sanity_arguments(phantom_classifier) | {
         "explainers": {"Single": str(phantom_single)},
         "retrained": {"Single": str(tmp_path / "single" / "last.ckpt")},
-        "accelerator": "cpu",
-        "images": 4,
     }
     evaluate.sanity(str(tmp_path / "out"), steps=2, seed=2, **arguments)
     scores = pd.read_csv(tmp_path / "out" / "sanity_scores.csv")
@@ -555,13 +557,7 @@ def test_sanity_with_kept_and_retrained_explainers(
 
 
 def test_label_randomisation_trains_once(phantom_classifier: Path, tmp_path: Path) -> None:
-    arguments = {
-        "data": phantom(),
-        "classifier": str(phantom_classifier),
-        "methods": sanity_methods(),
-        "accelerator": "cpu",
-        "images": 4,
-    }
+    arguments = sanity_arguments(phantom_classifier)
     evaluate.label_randomisation(str(tmp_path), accuracy=0.9, max_epochs=40, **arguments)
     written = tmp_path / "classifier.ckpt"
     relabelled, data = load_network(written), Relabelled(phantom())
@@ -684,11 +680,8 @@ def test_agreement_shows_the_extremes(
             method,
             out=str(tmp_path),
             pictured=2,
-            data=phantom(),
-            classifier=str(phantom_classifier),
-            methods=sanity_methods(),
             explainers={"Single": str(phantom_single)},
-            accelerator="cpu",
+            **sanity_arguments(phantom_classifier),
             **options,
         )
 

@@ -8,7 +8,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from explainers.evaluation.statistics import ROW, Interval, Row, bootstrap_interval
+from explainers.evaluation.statistics import (
+    ROW,
+    Interval,
+    Row,
+    bootstrap_interval,
+    resampled_weights,
+)
 
 CONFIDENCE = "confidence"
 MOST_LEVELS = 10  # a column of more numbers than that is cut into quarters
@@ -53,14 +59,14 @@ def by_group(
         metric: Score, larger = better agreement.
 
     Returns:
-        One line per row, column and level: mean, low, high, n (values), images, and difference
-        with its bounds. The bounds of the differences hold together: of m differences of a row
-        each interval leaves out 5 % / m (Bonferroni).
+        One line per row, column and level, of the images that have the score: mean, low, high, n
+        (values), images, and difference with its bounds. The bounds of the differences hold
+        together: of m differences of a row each interval leaves out 5 % / m (Bonferroni).
 
     Raises:
         ValueError: If there is no such score or column.
     """
-    chosen = scores[scores["metric"] == metric]
+    chosen = scores[scores["metric"] == metric].dropna(subset="value")
     if chosen.empty:
         raise ValueError(f"no score {metric!r}; there are {sorted(scores['metric'].unique())}.")
     key = [name for name in ("id", "seed") if name in images and name in scores]
@@ -103,13 +109,9 @@ def difference(
         seed: Of the draws.
     """
     value, member = np.asarray(values, float), np.asarray(inside, bool)
-    _, codes = np.unique(np.asarray(clusters, str), return_inverse=True)
-    count = codes.max() + 1
-    sums = [np.bincount(codes, value * side, count) for side in (member, ~member)]
-    sizes = [np.bincount(codes, side, count) for side in (member, ~member)]
-    draws = np.random.default_rng(seed).integers(count, size=(samples, count))
+    weights = resampled_weights(clusters, samples, seed)
     with np.errstate(invalid="ignore"):
-        means = [s[draws].sum(1) / n[draws].sum(1) for s, n in zip(sums, sizes, strict=True)]
+        means = [weights @ (value * side) / (weights @ side) for side in (member, ~member)]
     low, high = np.nanquantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])
     mean = value[member].mean() - value[~member].mean()
     return Interval(float(mean), float(low), float(high), int(member.sum()))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from explainers.evaluation.statistics import ROW, Interval
+from explainers.evaluation.statistics import ROW, Interval, resampled_weights
 
 Array = NDArray[np.float64]
 
@@ -98,10 +98,7 @@ def intervals(
         seed: Of the draws, which all seeds share.
     """
     first = images.drop_duplicates("id").set_index("id")
-    names = first["group"].where(first["group"] != "", "image " + first.index.astype(str))
-    codes, groups = pd.factorize(names)
-    share = np.full(len(groups), 1 / len(groups))
-    drawn = np.random.default_rng(seed).multinomial(len(groups), share, size=samples)[:, codes]
+    drawn = resampled_weights(first["group"], samples, seed)
     weights = np.concatenate([np.ones((1, len(first))), drawn])  # first the images themselves
     values: dict[str, list[Array]] = {}
     for _, part in images.groupby("seed") if "seed" in images else [(0, images)]:

@@ -20,7 +20,11 @@ from torch import distributed as dist
 from classifiers.network import Network, decide, probabilities
 from explainers.base import Explainer
 from explainers.evaluation.metrics.generated import flipped, image_similarity, kept
-from explainers.evaluation.metrics.localisation import localisation_scores, operating_points
+from explainers.evaluation.metrics.localisation import (
+    average_precision,
+    localisation_scores,
+    operating_points,
+)
 from explainers.views import Views, smooth
 
 Batch = Mapping[str, Any]
@@ -150,10 +154,8 @@ def choose_smoothing(
     for batch in batches:
         raw = explainer.explain(batch["image"], views=views)
         for k, sigma in enumerate(candidates):
-            maps = smooth(raw, sigma)
-            scores = localisation_scores(maps, batch["mask"])
-            scores |= operating_points(maps, batch["mask"])
-            total[k] += scores["average_precision"].double().nansum().cpu()
+            precision = average_precision(smooth(raw, sigma), batch["mask"])
+            total[k] += precision.nansum().cpu()
     total = torch.stack(gathered([total])).sum(0)
     if not total.any():
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from explainers.evaluation.figures import png
 from explainers.evaluation.metrics.consistency import map_ssim, spearman
-from explainers.evaluation.statistics import Interval, bootstrap_interval
+from explainers.evaluation.statistics import intervals_by
 from explainers.evaluation.tables import interval_text, markdown
 
 Rows = list[dict[str, object]]
@@ -61,11 +61,8 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     Args:
         scores: Columns id, group, method, pair, first, second, metric, value.
     """
-    rows = []
-    for key, part in scores.groupby(KEY, sort=False):
-        each = part.groupby(["id", "group"], sort=False)["value"].mean().reset_index()
-        rows.append((*key, *bootstrap_interval(each["value"], each["group"])))
-    return pd.DataFrame(rows, columns=[*KEY, *Interval._fields])
+    means = scores.groupby([*KEY, "id", "group"], sort=False)["value"].mean().reset_index()
+    return intervals_by(means, KEY)
 
 
 def matrix(scores: pd.DataFrame, method: str, metric: str = "spearman") -> pd.DataFrame:
@@ -95,15 +92,12 @@ def drawn(table: pd.DataFrame, title: str) -> bytes:
     return png(figure)
 
 
-def write(scores: pd.DataFrame, out: Path) -> pd.DataFrame:
+def write(scores: pd.DataFrame, out: Path) -> None:
     """Write repeatability_scores.csv, repeatability.csv, .md and a matrix for every method.
 
     Args:
         scores: Of `summary`.
         out: Folder, made if it is not there.
-
-    Returns:
-        The summary.
     """
     out.mkdir(parents=True, exist_ok=True)
     scores.to_csv(out / "repeatability_scores.csv", index=False)
@@ -120,4 +114,3 @@ def write(scores: pd.DataFrame, out: Path) -> pd.DataFrame:
         rounded = each.round(3).rename_axis("Spearman").reset_index().astype(str)
         parts.append(f"## {method}\n\n{markdown(rounded)}")
     (out / "repeatability.md").write_text("\n\n".join(parts))
-    return table

@@ -16,7 +16,7 @@ from explainers.evaluation.figures import curves
 from explainers.evaluation.metrics.consistency import map_ssim, spearman
 from explainers.evaluation.metrics.localisation import average_precision
 from explainers.evaluation.metrics.overlap import area_matched
-from explainers.evaluation.statistics import Interval, bootstrap_interval
+from explainers.evaluation.statistics import intervals_by
 from explainers.evaluation.tables import interval_text, markdown
 from explainers.views import Views
 
@@ -24,7 +24,7 @@ Order = Literal["cascading", "independent", "labels", "retrained"]
 Rows = list[dict[str, object]]
 KEY = ["method", "order", "step", "layers", "metric"]
 METRICS = ("spearman", "ssim", "dice", "average_precision")
-INSENSITIVE = 0.5  # PROTOCOLS.md: the lower bound of Spearman's correlation is above it
+INSENSITIVE = 0.5  # Spearman's correlation with the original map
 RANDOM = "Random map"
 
 
@@ -84,11 +84,13 @@ def score_states(
             image, mask = batch["image"], batch["mask"]
             if len(originals) == k:
                 target = state.network.decide(image)
-                originals.append((target, explainer.explain(image, target, views)))
-            target, original = originals[k]
-            maps = explainer.explain(image, target if keeps_target else None, views)
+                maps = explainer.explain(image, target, views)
+                originals.append((target, maps))
+            else:
+                target = originals[k][0]
+                maps = explainer.explain(image, target if keeps_target else None, views)
             facts = {"method": name, "order": state.order, "step": state.step}
-            for metric, values in map_scores(original, maps, mask).items():
+            for metric, values in map_scores(originals[k][1], maps, mask).items():
                 rows += [
                     {"id": i, **facts, "layers": state.layers, "metric": metric, "value": value}
                     for i, value in zip(batch["id"], values.tolist(), strict=True)
@@ -102,9 +104,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     Args:
         scores: Columns id, group, method, order, step, layers, metric, value.
     """
-    parts = scores.groupby(KEY, sort=False)
-    rows = [(*key, *bootstrap_interval(part["value"], part["group"])) for key, part in parts]
-    return pd.DataFrame(rows, columns=[*KEY, *Interval._fields])
+    return intervals_by(scores, KEY)
 
 
 def verdicts(table: pd.DataFrame, kept: Collection[str] = ()) -> pd.DataFrame:
@@ -112,7 +112,7 @@ def verdicts(table: pd.DataFrame, kept: Collection[str] = ()) -> pd.DataFrame:
 
     Insensitive: at the last step of an order the lower bound of Spearman's correlation with the
     original map is above 0.5. Uninformative: the interval of average precision of the original map
-    covers the random map's mean. Both rules: PROTOCOLS.md, sanity.
+    covers the random map's mean. Both rules are this project's own.
 
     Args:
         table: Of `summary`; the random map among its methods.
@@ -149,10 +149,8 @@ def verdicts(table: pd.DataFrame, kept: Collection[str] = ()) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def write(
-    scores: pd.DataFrame, kept: Collection[str], out: Path, name: str, across: str
-) -> pd.DataFrame:
-    """Write <name>_scores.csv, <name>.csv, <name>.md and a plot of each figure; gives the verdicts.
+def write(scores: pd.DataFrame, kept: Collection[str], out: Path, name: str, across: str) -> None:
+    """Write <name>_scores.csv, <name>.csv, <name>.md with the verdicts, and a plot of each figure.
 
     Args:
         scores: Of `summary`.
@@ -165,14 +163,12 @@ def write(
     scores.to_csv(out / f"{name}_scores.csv", index=False)
     table = summary(scores)
     table.to_csv(out / f"{name}.csv", index=False)
-    judged = verdicts(table, kept)
     figures = table[table["step"] == table.groupby("order")["step"].transform("max")]
     text = figures.assign(value=[interval_text(line) for line in figures.itertuples()])
     wide = text.set_index(["method", "order", "metric"])["value"].unstack("metric", sort=False)
-    rounded = judged.round(3).astype(str)
+    rounded = verdicts(table, kept).round(3).astype(str)
     parts = ["## Verdicts", markdown(rounded), "## At the last step", markdown(wide.reset_index())]
     (out / f"{name}.md").write_text("\n\n".join(parts))
     for metric in METRICS:
         steps = table[table["order"] != "retrained"]
         (out / f"{name}_{metric}.png").write_bytes(curves(steps, metric, across))
-    return judged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +113,37 @@ def bootstrap_interval(
     return Interval(float(value.mean()), float(low), float(high), len(value))
 
 
+def intervals_by(scores: pd.DataFrame, key: Sequence[str], value: str = "value") -> pd.DataFrame:
+    """Mean and bootstrap interval of every part, in order of appearance.
+
+    Args:
+        scores: Columns of the key, group (see `bootstrap_interval`) and the value.
+        key: Columns that tell the parts apart.
+        value: Column that is averaged.
+
+    Returns:
+        The key, mean, low, high, n.
+    """
+    parts = scores.groupby(list(key), sort=False)
+    rows = [(*name, *bootstrap_interval(part[value], part["group"])) for name, part in parts]
+    return pd.DataFrame(rows, columns=[*key, *Interval._fields])
+
+
+def resampled_weights(groups: ArrayLike, samples: int, seed: int) -> NDArray[np.float64]:
+    """How often each image is drawn in each bootstrap sample of whole groups: (samples, images).
+
+    Args:
+        groups: One per image; "" is a group of its own.
+        samples: Number of resamples.
+        seed: Of the draws.
+    """
+    names = np.asarray(groups, str)
+    codes, unique = pd.factorize(_codes(len(names), names))
+    share = np.full(len(unique), 1 / len(unique))
+    drawn = np.random.default_rng(seed).multinomial(len(unique), share, size=samples)
+    return drawn[:, codes].astype(float)
+
+
 def _codes(length: int, groups: ArrayLike | None) -> NDArray[np.int64]:
     """A number for the group of each image; "" gets one of its own."""
     alone = np.arange(length)
@@ -170,10 +202,7 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Long form: method, views, smoothing, metric, mean, low, high, n.
     """
-    key = [*ROW, "metric"]
-    parts = mean_over_seeds(scores).groupby(key, sort=False)
-    rows = [(*name, *bootstrap_interval(part["value"], part["group"])) for name, part in parts]
-    return pd.DataFrame(rows, columns=[*key, *Interval._fields])
+    return intervals_by(mean_over_seeds(scores), [*ROW, "metric"])
 
 
 def compare_to(scores: pd.DataFrame, metric: str, reference: Row) -> pd.DataFrame:

@@ -1,4 +1,8 @@
-"""At which threshold does a map overlap best with each kind of evidence? (METHOD.md, section 3)."""
+"""At which threshold does a map overlap best with each kind of evidence?
+
+Source: "On the overlap between Grad-CAM saliency maps and explainable visual features in skin
+cancer images".
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from explainers.evaluation.metrics.scaling import (
     superpixels,
     tiles,
 )
-from explainers.evaluation.statistics import Interval, bootstrap_interval
+from explainers.evaluation.statistics import intervals_by
 from explainers.evaluation.tables import markdown
 
 Rows = list[dict[str, object]]
@@ -109,11 +113,8 @@ def summary(scores: pd.DataFrame, metric: str, key: Sequence[str]) -> pd.DataFra
         metric: "jaccard" or "dice".
         key: Columns that are told apart.
     """
-    rows = []
-    for name, part in scores.groupby(list(key), sort=False):
-        interval = bootstrap_interval(part[metric], part["group"])
-        rows.append((*name, *interval, part[metric].min(), part[metric].max()))
-    return pd.DataFrame(rows, columns=[*key, *Interval._fields, "min", "max"])
+    ends = scores.groupby(list(key), sort=False)[metric].agg(["min", "max"]).reset_index()
+    return intervals_by(scores, key, metric).merge(ends, on=list(key))
 
 
 def best_thresholds(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -156,16 +157,13 @@ def breakdown(scores: pd.DataFrame, best: pd.DataFrame, metric: str) -> pd.DataF
     return summary(at_best, metric, [*CURVE, "label", "correct"])
 
 
-def write(scores: pd.DataFrame, metric: str, out: Path) -> pd.DataFrame:
+def write(scores: pd.DataFrame, metric: str, out: Path) -> None:
     """Write all tables as CSV, thresholds.md, and a plot of every scaling of the union.
 
     Args:
         scores: As in `breakdown`.
         metric: "jaccard" or "dice", by which thresholds are chosen.
         out: Folder, made if it is not there.
-
-    Returns:
-        The best thresholds.
     """
     out.mkdir(parents=True, exist_ok=True)
     scores.to_csv(out / "thresholds_scores.csv", index=False)
@@ -184,4 +182,3 @@ def write(scores: pd.DataFrame, metric: str, out: Path) -> pd.DataFrame:
         steps = part.rename(columns={"threshold": "step"})
         plot = curves(steps, metric, f"threshold of maps scaled by {scaling}")
         (out / f"thresholds_{scaling}.png").write_bytes(plot)
-    return best

@@ -61,7 +61,7 @@ class Conditional(LearnedExplainer):
         ValueError: If the classifier has more than two classes.
 
     Source: Charachon et al. 2021, arXiv:2106.10947; the text of its formulas is not at hand, how
-    the images are put together is a reading of METHOD.md's facts.
+    the images are put together is a reading of what is said about it.
     """
 
     default = CycleWeights()

@@ -18,7 +18,7 @@ class Geometry:
     """Which U-Net a generator is.
 
     Attributes:
-        unet: "residual" is the authors' geometry (METHOD.md), "plain" two conv-BN-ReLU a level
+        unet: "residual" is the geometry of arXiv:2012.07332, "plain" two conv-BN-ReLU a level
             with bilinear upsampling; anything else is an encoder name of
             segmentation-models-pytorch ("resnet18"), whose decoder is as wide as ``widths``.
         widths: Channels per level, full resolution first.

@@ -169,7 +169,7 @@ def test_a_smooth_map_comes_back_from_rotation_and_zoom() -> None:
 
 
 def slow_average(image: Tensor, target: Tensor, views: Views) -> Tensor:
-    """METHOD.md, one view and one image at a time."""
+    """Eq. 11, one view and one image at a time."""
     height, width = image.shape[2:]
     maps = []
     for x, y in zip(image, target, strict=True):

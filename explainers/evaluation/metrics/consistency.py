@@ -18,7 +18,7 @@ def spearman(
 
     0 where one of the two is constant: such a map says nothing about the other. NaN ranks lowest.
 
-    Source: Arun et al. 2021; PROTOCOLS.md, sanity and repeatability.
+    Source: Arun et al. 2021.
     """
     one, two = (centred_ranks(known(part)) for part in (first, second))
     length = one.norm(dim=1) * two.norm(dim=1)

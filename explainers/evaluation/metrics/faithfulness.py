@@ -34,8 +34,8 @@ def masked(
         weight: Map scaled to [0, 1] (soft), or the thresholded map (hard), (b, h, w).
         part: What is removed.
 
-    Source: METHOD.md section 3, skin ultrasound: the drop is that without the relevant part, the
-    increase that without the rest.
+    Source: the study of skin ultrasound images (`soft_coverage`): the drop is that without
+    the relevant part, the increase that without the rest.
     """
     kept = weight.to(image.dtype)[:, None]
     return image * (kept if part == "rest" else 1 - kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import pad
-from torchmetrics import Metric
+
+from explainers.evaluation.metrics.mean import ImageMean
 
 PERCENTILES = (80.0, 85.0, 90.0, 95.0, 98.0)  # of the IoUs in the paper's tables
 CACHED_PIXELS = 2**20  # ranked at a time: a batch that leaves the cache takes longer
@@ -234,32 +236,13 @@ def _warn_of_degenerate(saliency: Float[Tensor, "b h w"]) -> None:
         )
 
 
-class Localisation(Metric):
+class Localisation(ImageMean):
     """Mean of every score of `localisation_scores` over the images with a mask.
 
     Args:
         percentiles: Of the IoUs.
     """
 
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
     def __init__(self, percentiles: Sequence[float] = PERCENTILES) -> None:
-        super().__init__()
-        self.percentiles = tuple(percentiles)
-        self.names = score_names(self.percentiles)
-        zeros = torch.zeros(len(self.names), dtype=torch.float64)
-        self.add_state("total", zeros, dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, saliency: Float[Tensor, "b h w"], mask: Bool[Tensor, "b h w"]) -> None:
-        """Add a batch; images with an empty mask are not counted."""
-        scores = localisation_scores(saliency, mask, self.percentiles)
-        self.total = self.total + torch.stack([scores[name].nansum() for name in self.names])
-        self.count = self.count + mask.flatten(1).any(1).sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Mean of each score, NaN if no image was counted, and "count", the number of images."""
-        means = dict(zip(self.names, self.total / self.count, strict=True))
-        return {**means, "count": self.count.double()}
+        score = partial(localisation_scores, percentiles=tuple(percentiles))
+        super().__init__(score, score_names(percentiles))

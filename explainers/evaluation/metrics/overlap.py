@@ -48,7 +48,8 @@ def threshold_sweep(
         mask: Of one feature, or the union of all.
         thresholds: In [0, 1].
 
-    Source: METHOD.md section 3, overlap with dermoscopic features.
+    Source: "On the overlap between Grad-CAM saliency maps and explainable visual features in skin
+    cancer images".
     """
     each = [overlap(scaled >= threshold, mask) for threshold in thresholds]
     return Overlap(*(torch.stack(scores, 1) for scores in zip(*each, strict=True)))
@@ -68,7 +69,7 @@ def area_matched(saliency: Float[Tensor, "b h w"], mask: Bool[Tensor, "b h w"]) 
 
     Ties at the threshold stay in, so that a constant map keeps every pixel; NaN ranks lowest.
 
-    Source: PROTOCOLS.md, area-matched IoU; the Dice of sanity curves.
+    Its Dice is the overlap of sanity curves.
     """
     values, hits = rank(saliency, mask)
     count, area = values.shape[1], hits[:, 0]
@@ -82,7 +83,7 @@ def soft_coverage(
 ) -> Float64[Tensor, " b"]:
     """Mean of the scaled map inside the mask: sum(map * mask) / sum(mask); NaN for an empty one.
 
-    Source: METHOD.md section 3, skin ultrasound.
+    Source: "Attention analysis of convolutional neural networks ... skin ultrasound images".
     """
     return (known(scaled).double() * mask).sum((1, 2)) / mask.sum((1, 2))
 

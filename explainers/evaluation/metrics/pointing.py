@@ -73,7 +73,7 @@ def graded_hit(
         saliency: Maps.
         importance: Level of each pixel's region, 3 the most relevant .. -1 the least.
 
-    Source: METHOD.md section 3, skin ultrasound.
+    Source: "Attention analysis of convolutional neural networks ... skin ultrasound images".
     """
     peak = peaks(saliency)
     return (importance * peak).sum((1, 2)) / peak.sum((1, 2)).double()

@@ -29,7 +29,7 @@ def min_max(saliency: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
 def set_range(maps: Iterable[Float[Tensor, "_ h w"]]) -> tuple[float, float]:
     """1st and 99th percentile of the pixels of a whole set of maps; NaN is left out.
 
-    The z-score by the set's mean and deviation, which METHOD.md's dermoscopy study asks for,
+    The z-score by the set's mean and deviation, which the dermoscopy study takes,
     changes neither order nor proportions: the scaled maps are the same with it and without it.
 
     Raises:

@@ -37,7 +37,7 @@ def test_the_authors_geometry_has_their_number_of_weights(channels: int, expecte
 
 
 def slow_residual_unet(unet: ResidualUNet, image: Tensor) -> Tensor:
-    """METHOD.md's description, block by block, for three levels in eval mode."""
+    """The authors' geometry, block by block, for three levels in eval mode."""
     parts: Iterator[Tensor] = iter(value for value in unet.state_dict().values() if value.ndim)
 
     def block(x: Tensor) -> Tensor:

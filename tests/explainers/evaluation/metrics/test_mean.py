@@ -12,7 +12,12 @@ from pathlib import Path
 import torch
 from torch.testing import assert_close
 
-from explainers.evaluation.metrics.localisation import Localisation, localisation_scores
+from explainers.evaluation.metrics.localisation import (
+    PERCENTILES,
+    Localisation,
+    localisation_scores,
+    score_names,
+)
 from explainers.evaluation.metrics.mean import ImageMean
 from explainers.evaluation.metrics.pointing import pointing_game
 
@@ -20,7 +25,7 @@ SCRIPT = """
 import json, sys, torch
 from torch import distributed as dist
 from explainers.evaluation.metrics.boxes import MaxBoxAccuracy, PixelAveragePrecision
-from explainers.evaluation.metrics.localisation import localisation_scores
+from explainers.evaluation.metrics.localisation import PERCENTILES, localisation_scores, score_names
 from explainers.evaluation.metrics.mean import ImageMean
 rank, world = int(sys.argv[1]), int(sys.argv[2])
 if world > 1:
@@ -32,7 +37,8 @@ mask = torch.rand(7, 12, 12, generator=generator) < 0.1
 mask[2] = False
 boxes = [torch.tensor([[1.0, 1.0, 6.0, 7.0]])] * 7
 scores = {}
-metrics = ImageMean(localisation_scores), PixelAveragePrecision(), MaxBoxAccuracy(thresholds=20)
+averaged = ImageMean(localisation_scores, score_names(PERCENTILES))
+metrics = averaged, PixelAveragePrecision(), MaxBoxAccuracy(thresholds=20)
 for metric in metrics:
     for k in range(rank, 7, world):
         last = boxes[k : k + 1] if isinstance(metric, MaxBoxAccuracy) else mask[k : k + 1]
@@ -48,7 +54,7 @@ if rank == 0:
 def test_it_is_the_mean_of_images_with_a_mask() -> None:
     saliency, mask = torch.rand(6, 9, 9), torch.rand(6, 9, 9) < 0.2
     mask[1] = False
-    ours, known = ImageMean(localisation_scores), Localisation()
+    ours, known = ImageMean(localisation_scores, score_names(PERCENTILES)), Localisation()
     for part in (slice(0, 2), slice(2, 6)):
         ours.update(saliency[part], mask[part])
         known.update(saliency[part], mask[part])
@@ -66,6 +72,16 @@ def test_one_score_and_settings() -> None:
     assert metric.compute()["mean"].isnan()
     metric.update(saliency[:1], mask[:1])
     assert metric.compute()["mean"] == 1
+
+
+def test_after_a_reset_several_scores_start_anew() -> None:
+    metric = Localisation()
+    metric.update(torch.rand(2, 9, 9), torch.rand(2, 9, 9) < 0.2)
+    metric.reset()
+    empty = metric.compute()
+    assert empty.pop("count") == 0
+    assert list(empty) == score_names(PERCENTILES)
+    assert all(value.isnan() for value in empty.values())
 
 
 def test_two_processes_give_the_values_of_one(tmp_path: Path) -> None:
