@@ -114,9 +114,13 @@ class LearnedExplainer(LightningModule, Explainer):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Objective of one batch; the labels and masks are not looked at."""
-        terms, _ = self.objective(batch["image"])
+        terms, generated = self.objective(batch["image"])
         self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        self.after_step(generated)
         return terms["loss"]
+
+    def after_step(self, generated: Generated) -> None:
+        """What else a step changes, seen from the images it generated."""
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Generated:
         """Objective and generated images of one batch, for the callbacks."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from classifiers.network import Network, decide, paired_logits
 from classifiers.optimisation import Optimisation
@@ -25,7 +25,7 @@ from explainers.learned.losses import (
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the objective's terms (METHOD.md section 1, Table I); 0 turns a term off.
+    """Weights of the objective's terms (arXiv:2012.07332, Table I); 0 turns a term off.
 
     Attributes:
         similar: l_s, similar image close to the image (Eq. 6).
@@ -35,6 +35,15 @@ class Weights:
         classify_adversarial: c_a, adversarial image decided otherwise (Eq. 7, 10).
         proximity: w, the two generators' weights close to each other (Eq. 8).
         variation: t, total variation of the difference (Eq. 9).
+        flipped: Share of the training images to be decided otherwise: c_s and c_a are multiplied by
+            a common factor that grows while fewer are, and shrinks while more are; 0 keeps them.
+        rate: Of that factor: each step adds rate * (flipped - share now) to its logarithm.
+
+    Raises:
+        ValueError: If ``flipped`` is outside [0, 1).
+
+    Source of the factor: Platt and Barr 1987, "Constrained differential optimization"; the form
+    with a logarithm is this project's own.
     """
 
     similar: float = 1.0
@@ -44,6 +53,15 @@ class Weights:
     classify_adversarial: float = 0.01
     proximity: float = 0.001
     variation: float = 0.2
+    flipped: float = 0.0
+    rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the user's values."""
+        if not 0 <= self.flipped < 1:
+            raise ValueError(
+                f"flipped is the share of decisions to flip, in [0, 1), but got {self.flipped}."
+            )
 
 
 class SimilarAdversarial(LearnedExplainer):
@@ -82,6 +100,8 @@ class SimilarAdversarial(LearnedExplainer):
         automatic = "cross_entropy" if one else "margin"
         self.objective_form = automatic if objective == "auto" else objective
         self.margin = margin
+        if self.weights.flipped:
+            self.log_factor = nn.Buffer(torch.zeros(()))
 
     def paired_weights(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
         """Trainable weights that L_G (Eq. 8) compares, in the same order; none by default."""
@@ -102,12 +122,13 @@ class SimilarAdversarial(LearnedExplainer):
         both = self.network(torch.cat([similar, adversarial]))
         logits_similar, logits_adversarial = both.chunk(2)
         kept, flipped = self.classification(logits_similar, logits_adversarial, decision)
+        factor = self.log_factor.exp() if weights.flipped else 1.0
         terms = {
             "similar": weights.similar * distance(image, similar),
             "adversarial": weights.adversarial * distance(image, adversarial),
             "pair": weights.pair * distance(similar, adversarial),
-            "classify_similar": weights.classify_similar * kept,
-            "classify_adversarial": weights.classify_adversarial * flipped,
+            "classify_similar": factor * weights.classify_similar * kept,
+            "classify_adversarial": factor * weights.classify_adversarial * flipped,
             "variation": weights.variation * total_variation(similar - adversarial),
         }
         if weights.proximity:
@@ -121,6 +142,18 @@ class SimilarAdversarial(LearnedExplainer):
             "logits_similar": logits_similar,
             "logits_adversarial": logits_adversarial,
         }
+
+    def after_step(self, generated: Generated) -> None:
+        """Let the classification weights follow the share of flipped decisions."""
+        if not self.weights.flipped:
+            return
+        threshold = self.network.threshold
+        before, after = (
+            decide(generated[name], threshold) for name in ("logits", "logits_adversarial")
+        )
+        share = self.trainer.strategy.reduce((before != after).float().mean(), reduce_op="mean")
+        self.log_factor.add_(self.weights.rate * (self.weights.flipped - torch.as_tensor(share)))
+        self.log("train/factor", self.log_factor.exp())
 
     def classification(
         self, similar: Tensor, adversarial: Tensor, decision: Tensor

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import log
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +9,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from classifiers.network import Network, load_network
+from classifiers.network import Network, decide, load_network
 from classifiers.optimisation import Optimisation
 from explainers.learned import (
     Adversarial,
@@ -264,6 +265,43 @@ def test_training_lowers_the_objective(
     run.fit(explainer.train(), loader(), loader())
     assert float(run.callback_metrics["val/loss"]) < 0.9 * first
     assert {f"train/{name}" for name in explainer.objective(images())[0]} <= {*run.callback_metrics}
+
+
+def test_the_classification_weights_follow_the_share_flipped(tmp_path: Path) -> None:
+    """One step of each of three batches; the checkpoint goes on with the factor it had."""
+    weights = replace(WEIGHTS, flipped=0.75, rate=0.5)
+    explainer = Single(network(), 1, weights, SMALL, QUICK)
+    shares: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, _: int) -> None:
+            generated = module.objective(batch["image"])[1]
+            before, after = (decide(generated[k], 0.5) for k in ("logits", "logits_adversarial"))
+            shares.append(float((before != after).float().mean()))
+
+    run = trainer(tmp_path, callbacks=[Watch()])
+    run.fit(explainer, loader())
+    assert len(shares) == 3
+    expected = torch.tensor(sum(0.5 * (0.75 - share) for share in shares))
+    assert_close(explainer.log_factor, expected)
+    assert_close(run.callback_metrics["train/factor"], expected.exp())
+    followed, given = explainer.eval(), Single(network(), 1, WEIGHTS, SMALL).eval()
+    given.load_state_dict(followed.state_dict(), strict=False)
+    terms, plain = followed.objective(images())[0], given.objective(images())[0]
+    for name in ("classify_similar", "classify_adversarial"):
+        assert_close(terms[name], expected.exp() * plain[name])
+    assert_close(terms["pair"], plain["pair"])
+    run.save_checkpoint(tmp_path / "explainer.ckpt")
+    loaded = load_explainer(tmp_path / "explainer.ckpt")
+    assert isinstance(loaded, Single)
+    assert loaded.weights == weights
+    assert_close(loaded.log_factor, expected)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_not_all_decisions_can_be_asked_for(share: float) -> None:
+    with pytest.raises(ValueError, match=r"in \[0, 1\), but got"):
+        Weights(flipped=share)
 
 
 def test_the_data_must_fit_the_classifier_and_the_geometry() -> None:
