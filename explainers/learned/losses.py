@@ -17,7 +17,10 @@ def distance(first: Float[Tensor, "*n"], second: Float[Tensor, "*n"]) -> Float[T
 
 
 def decision_loss(
-    logits: Float[Tensor, "b 1"], decision: Int64[Tensor, " b"], threshold: float = 0.5
+    logits: Float[Tensor, "b 1"],
+    decision: Int64[Tensor, " b"],
+    threshold: float = 0.5,
+    weight: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, ""]:
     """Binary cross-entropy between the classifier's score and a hard decision (a term of Eq. 7).
 
@@ -28,6 +31,7 @@ def decision_loss(
         logits: Of the generated image.
         decision: Wanted class, 0 or 1.
         threshold: Operating point of the classifier, inside (0, 1).
+        weight: Of each image; 1 by default.
     """
     logit = logits[:, 0]
     score, above = logit.sigmoid(), logit.sigmoid() >= threshold
@@ -43,21 +47,31 @@ def decision_loss(
         F.logsigmoid(-logit) + log(0.5 / (1 - threshold)),
         torch.log1p(-0.5 * low / threshold),
     )
-    return -torch.where(decision.bool(), log_one, log_zero).mean()
+    return _mean(-torch.where(decision.bool(), log_one, log_zero), weight)
 
 
 def margin_similar(
-    logits: Float[Tensor, "b k"], decision: Int64[Tensor, " b"], margin: float
+    logits: Float[Tensor, "b k"],
+    decision: Int64[Tensor, " b"],
+    margin: float,
+    weight: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Eq. 10 for the similar image: max(max_{i != k} Z_i - Z_k, -m), mean over the batch."""
-    return _gap(logits, decision).clamp(min=-margin).mean()
+    """Eq. 10 for the similar image: max(max_{i != k} Z_i - Z_k, -m), weighted mean of the batch."""
+    return _mean(_gap(logits, decision).clamp(min=-margin), weight)
 
 
 def margin_adversarial(
-    logits: Float[Tensor, "b k"], decision: Int64[Tensor, " b"], margin: float
+    logits: Float[Tensor, "b k"],
+    decision: Int64[Tensor, " b"],
+    margin: float,
+    weight: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Eq. 10 for the adversarial image: max(Z_k - max_{i != k} Z_i, -m), mean over the batch."""
-    return (-_gap(logits, decision)).clamp(min=-margin).mean()
+    """Eq. 10 for the adversarial image: max(Z_k - max_{i != k} Z_i, -m), weighted mean."""
+    return _mean((-_gap(logits, decision)).clamp(min=-margin), weight)
+
+
+def _mean(loss: Float[Tensor, " b"], weight: Float[Tensor, " b"] | None) -> Float[Tensor, ""]:
+    return (loss if weight is None else weight * loss).mean()
 
 
 def _gap(logits: Float[Tensor, "b k"], decision: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:

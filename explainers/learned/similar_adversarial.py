@@ -35,14 +35,16 @@ class Weights:
         classify_adversarial: c_a, adversarial image decided otherwise (Eq. 7, 10).
         proximity: w, the two generators' weights close to each other (Eq. 8).
         variation: t, total variation of the difference (Eq. 9).
-        flipped: Share of the training images to be decided otherwise: c_s and c_a are multiplied by
-            a common factor that grows while fewer are, and shrinks while more are; 0 keeps them.
-        rate: Of that factor: each step adds rate * (flipped - share now) to its logarithm.
+        flipped: Share of the training images of each decided class to be decided otherwise: c_s and
+            c_a are multiplied by a factor of the class that grows while fewer are, and shrinks
+            while more are; 0 keeps them as they are.
+        rate: Of those factors: each step adds rate * k * (flipped * n_c - f_c) / n to a logarithm,
+            for n images of which n_c are decided as c and f_c of these flipped, and k classes.
 
     Raises:
         ValueError: If ``flipped`` is outside [0, 1).
 
-    Source of the factor: Platt and Barr 1987, "Constrained differential optimization"; the form
+    Source of the factors: Platt and Barr 1987, "Constrained differential optimization"; the form
     with a logarithm is this project's own.
     """
 
@@ -101,7 +103,7 @@ class SimilarAdversarial(LearnedExplainer):
         self.objective_form = automatic if objective == "auto" else objective
         self.margin = margin
         if self.weights.flipped:
-            self.log_factor = nn.Buffer(torch.zeros(()))
+            self.log_factor = nn.Buffer(torch.zeros(max(2, self.network.num_logits)))
 
     def paired_weights(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
         """Trainable weights that L_G (Eq. 8) compares, in the same order; none by default."""
@@ -121,14 +123,14 @@ class SimilarAdversarial(LearnedExplainer):
         similar, adversarial = self(image)
         both = self.network(torch.cat([similar, adversarial]))
         logits_similar, logits_adversarial = both.chunk(2)
-        kept, flipped = self.classification(logits_similar, logits_adversarial, decision)
-        factor = self.log_factor.exp() if weights.flipped else 1.0
+        factor = self.log_factor.exp()[decision] if weights.flipped else None
+        kept, flipped = self.classification(logits_similar, logits_adversarial, decision, factor)
         terms = {
             "similar": weights.similar * distance(image, similar),
             "adversarial": weights.adversarial * distance(image, adversarial),
             "pair": weights.pair * distance(similar, adversarial),
-            "classify_similar": factor * weights.classify_similar * kept,
-            "classify_adversarial": factor * weights.classify_adversarial * flipped,
+            "classify_similar": weights.classify_similar * kept,
+            "classify_adversarial": weights.classify_adversarial * flipped,
             "variation": weights.variation * total_variation(similar - adversarial),
         }
         if weights.proximity:
@@ -151,18 +153,22 @@ class SimilarAdversarial(LearnedExplainer):
         before, after = (
             decide(generated[name], threshold) for name in ("logits", "logits_adversarial")
         )
-        share = self.trainer.strategy.reduce((before != after).float().mean(), reduce_op="mean")
-        self.log_factor.add_(self.weights.rate * (self.weights.flipped - torch.as_tensor(share)))
-        self.log("train/factor", self.log_factor.exp())
+        lacking = self.weights.flipped - (before != after).float()
+        classes = len(self.log_factor)
+        mean = torch.zeros_like(self.log_factor).index_add(0, before, lacking / len(lacking))
+        mean = torch.as_tensor(self.trainer.strategy.reduce(mean, reduce_op="mean"))
+        self.log_factor.add_(self.weights.rate * classes * mean)
+        factors = self.log_factor.exp().unbind()
+        self.log_dict({f"train/factor_class{k}": factor for k, factor in enumerate(factors)})
 
     def classification(
-        self, similar: Tensor, adversarial: Tensor, decision: Tensor
+        self, similar: Tensor, adversarial: Tensor, decision: Tensor, factor: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The two classification losses from the generated images' logits (Eq. 7 or 10)."""
         threshold = self.network.threshold
         if self.objective_form == "cross_entropy":
-            kept = decision_loss(similar, decision, threshold)
-            return kept, decision_loss(adversarial, 1 - decision, threshold)
-        kept = margin_similar(paired_logits(similar, threshold), decision, self.margin)
+            kept = decision_loss(similar, decision, threshold, factor)
+            return kept, decision_loss(adversarial, 1 - decision, threshold, factor)
+        kept = margin_similar(paired_logits(similar, threshold), decision, self.margin, factor)
         pairs = paired_logits(adversarial, threshold)
-        return kept, margin_adversarial(pairs, decision, self.margin)
+        return kept, margin_adversarial(pairs, decision, self.margin, factor)

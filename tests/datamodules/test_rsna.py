@@ -22,10 +22,11 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit
 from torch import Tensor
 from torch.testing import assert_close
 
-from datamodules import rsna
+from datamodules import decoded as cache
 from datamodules.base import Loading, data_root
+from datamodules.decoded import decode_all
 from datamodules.images import read_image
-from datamodules.rsna import RSNAPneumonia, decode_all, read_tables
+from datamodules.rsna import RSNAPneumonia, read_tables
 
 SMALL = Loading(size=32, batch_size=4)
 EXAMS = {f"{letter * 8}-0000": index for index, letter in enumerate("abcdef")}
@@ -140,13 +141,14 @@ def test_images_and_masks(folder: Path, workers: int) -> None:
 
 def test_cache_is_used_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     RSNAPneumonia(str(folder), loading=SMALL).prepare_data()
-    monkeypatch.setattr(rsna, "read_image", lambda path, _: pytest.fail(f"decoded {path} again"))
+    monkeypatch.setattr(cache, "read_image", lambda path, _: pytest.fail(str(path)))
     data = RSNAPneumonia(str(folder), loading=SMALL)
     data.prepare_data()
     assert data.read(data.records()[0]).image.shape == (1, 32, 32)
-    (cache,) = (folder / "cache").glob("*.npy")
     (about,) = (folder / "cache").glob("*.json")
-    assert sorted((folder / "cache").iterdir()) == sorted([cache, about])
+    beside = [about.with_suffix(".npy"), about.with_suffix(".sizes.npy")]
+    assert sorted((folder / "cache").iterdir()) == sorted([about, *beside])
+    assert data.decoded(next(iter(EXAMS)))[1] == (64, 64)
     assert json.loads(about.read_text())["ids"] == list(EXAMS)[:5]
 
 
@@ -177,7 +179,7 @@ def test_interrupted_decoding_is_taken_up(
                 decoded.append(path)
                 return read_image(path, channels)
 
-            patch.setattr(rsna, "read_image", read)
+            patch.setattr(cache, "read_image", read)
             with pytest.raises(KeyboardInterrupt):
                 decode_all(paths, 32, 0, folder / "all.npy")
             assert not (folder / "all.npy").exists()

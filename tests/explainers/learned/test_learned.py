@@ -271,26 +271,33 @@ def test_the_classification_weights_follow_the_share_flipped(tmp_path: Path) -> 
     """One step of each of three batches; the checkpoint goes on with the factor it had."""
     weights = replace(WEIGHTS, flipped=0.75, rate=0.5)
     explainer = Single(network(), 1, weights, SMALL, QUICK)
-    shares: list[float] = []
+    missing = torch.zeros(2)
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, _: int) -> None:
             generated = module.objective(batch["image"])[1]
             before, after = (decide(generated[k], 0.5) for k in ("logits", "logits_adversarial"))
-            shares.append(float((before != after).float().mean()))
+            for label in (0, 1):
+                there = before == label
+                share = float((after != label)[there].float().mean())
+                missing[label] += 2 * there.float().mean() * (0.75 - share)
 
     run = trainer(tmp_path, callbacks=[Watch()])
     run.fit(explainer, loader())
-    assert len(shares) == 3
-    expected = torch.tensor(sum(0.5 * (0.75 - share) for share in shares))
+    assert missing.unique().numel() == 2
+    expected = 0.5 * missing
     assert_close(explainer.log_factor, expected)
-    assert_close(run.callback_metrics["train/factor"], expected.exp())
-    followed, given = explainer.eval(), Single(network(), 1, WEIGHTS, SMALL).eval()
-    given.load_state_dict(followed.state_dict(), strict=False)
-    terms, plain = followed.objective(images())[0], given.objective(images())[0]
-    for name in ("classify_similar", "classify_adversarial"):
-        assert_close(terms[name], expected.exp() * plain[name])
-    assert_close(terms["pair"], plain["pair"])
+    assert_close(run.callback_metrics["train/factor_class1"], expected[1].exp())
+    explainer.eval()
+    terms, generated = explainer.objective(images())
+    y = decide(generated["logits"], 0.5)
+    losses = {
+        "classify_similar": (0.25, generated["logits_similar"], y),
+        "classify_adversarial": (0.75, generated["logits_adversarial"], 1 - y),
+    }
+    for name, (weight, logits, wanted) in losses.items():
+        each = [decision_loss(logits[i : i + 1], wanted[i : i + 1]) for i in range(len(y))]
+        assert_close(terms[name], weight * (expected.exp()[y] * torch.stack(each)).mean())
     run.save_checkpoint(tmp_path / "explainer.ckpt")
     loaded = load_explainer(tmp_path / "explainer.ckpt")
     assert isinstance(loaded, Single)
