@@ -1,10 +1,27 @@
 """Data modules: labelled images with the evidence of their labels."""
 
 from datamodules.busi import BUSI
+from datamodules.chestxray14 import ChestXray14
+from datamodules.chexlocalize import CheXlocalize
 from datamodules.deeppcb import DeepPCB
 from datamodules.image_table import ImageTable
+from datamodules.isic import ISIC2018
 from datamodules.phantom import Phantom
 from datamodules.relabelled import Relabelled
 from datamodules.rsna import RSNAPneumonia
+from datamodules.siim import SIIMPneumothorax
+from datamodules.vindr import VinDrCXR
 
-__all__ = ["BUSI", "DeepPCB", "ImageTable", "Phantom", "RSNAPneumonia", "Relabelled"]
+__all__ = [
+    "BUSI",
+    "ISIC2018",
+    "CheXlocalize",
+    "ChestXray14",
+    "DeepPCB",
+    "ImageTable",
+    "Phantom",
+    "RSNAPneumonia",
+    "Relabelled",
+    "SIIMPneumothorax",
+    "VinDrCXR",
+]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -21,8 +21,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import Augmentation, ImageDataModule, Loading, data_root
-from datamodules.images import read_image, resize_image
+from datamodules.base import Augmentation, ImageDataModule, Loading, Sample, data_root
+from datamodules.images import Box, boxes_to_mask, read_image, resize_image
 
 DECODING = 2  # to be raised with every change of what a decoded image looks like
 
@@ -95,6 +95,21 @@ class Decoded(ImageDataModule):
         pixels = torch.from_numpy(np.array(open_cache(self.cache_file)[place]))
         height, width = open_cache(sizes_file(self.cache_file))[place].tolist()
         return (pixels[None].float() / 255).expand(self.loading.channels, -1, -1), (height, width)
+
+    def boxed(self, name: str, boxes: Mapping[str, Sequence[Box]]) -> Sample:
+        """A decoded image, a mask of each finding's boxes, and their union; None without any.
+
+        Args:
+            name: Of the image.
+            boxes: By finding, in pixels of the file.
+        """
+        image, (height, width) = self.decoded(name)
+        features = {
+            finding: boxes_to_mask(each, height, width, self.loading.size)
+            for finding, each in boxes.items()
+        }
+        union = torch.stack([*features.values()]).any(0) if features else None
+        return Sample(image, union, features)
 
 
 def decode_all(paths: Mapping[str, Path], size: int, workers: int, target: Path) -> None:

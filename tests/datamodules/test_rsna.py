@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -12,13 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from files import write_dicom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -36,24 +32,6 @@ SPLIT = {"train": list(EXAMS)[:2], "val": list(EXAMS)[2:4], "test": [list(EXAMS)
 def pixels(index: int) -> NDArray[np.uint8]:
     """Smooth, so that JPEG keeps it; brighter with the index."""
     return np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8) + np.uint8(20 * index)
-
-
-def write_dicom(path: Path, image: NDArray[np.uint8], compressed: bool) -> None:
-    dataset = FileDataset(path, {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
-    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
-    dataset.PhotometricInterpretation, dataset.SamplesPerPixel = "MONOCHROME2", 1
-    dataset.Rows, dataset.Columns = image.shape
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
-    dataset.PixelRepresentation = 0
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.PixelData = image.tobytes()
-    if compressed:
-        buffer = BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=95)
-        dataset.PixelData = encapsulate([buffer.getvalue()])
-        dataset["PixelData"].VR = "OB"
-        dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
-    dataset.save_as(path, enforce_file_format=True)
 
 
 @pytest.fixture
