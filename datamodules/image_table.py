@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Int8
+from torch import Tensor
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from datamodules.base import (
     Augmentation,
@@ -21,6 +24,7 @@ from datamodules.base import (
     Sample,
     data_root,
 )
+from datamodules.coco import annotation_mask, coco_lines
 from datamodules.images import (
     Box,
     boxes_to_mask,
@@ -30,7 +34,7 @@ from datamodules.images import (
     resize_mask,
 )
 
-OWN_COLUMNS = {"id", "image", "mask", "boxes", "split"}  # the others go into the batch
+OWN_COLUMNS = {"id", "image", "mask", "boxes", "importance", "annotations", "split"}
 SplitCell = Literal["", "train", "val", "test"]
 SPLIT_CELLS: dict[str, SplitCell] = {"": "", "train": "train", "val": "val", "test": "test"}
 
@@ -45,7 +49,9 @@ class Row:
         image: File of the image.
         mask: File of the mask, if the table names one.
         features: Files of the masks of single kinds of evidence, by name.
+        importance: File of the image of relevance levels, if the table names one.
         boxes: Evidence in pixels of the image; not used if there is a mask.
+        annotations: COCO's annotations, each with its category.
     """
 
     place: str
@@ -53,25 +59,33 @@ class Row:
     image: Path
     mask: Path | None
     features: dict[str, Path]
+    importance: Path | None
     boxes: tuple[Box, ...]
+    annotations: tuple[Mapping[str, Any], ...]
 
 
 class ImageTable(ImageDataModule):
-    """Images of a CSV table, one per row.
+    """Images of a CSV table, one per row, or of a COCO file (.json).
 
     Columns: ``image`` (path relative to the table's folder; it is the id unless there is a column
     ``id``) and ``label``; optional ``mask`` (path of an image, non-zero inside the evidence),
     ``mask_<feature>`` for each kind of evidence (their union is the evidence without ``mask``),
     ``boxes`` (JSON list of [x0, y0, x1, y1], half-open, pixels of the image; a mask goes first),
-    ``split`` (train, val or test; empty is drawn from the seed), ``group``. The columns that are
-    not id, image, mask, boxes or split go into the batch as text.
+    ``importance`` (path of a grey image of the regions' relevance, see levels), ``split`` (train,
+    val or test; empty is drawn from the seed), ``group``. Other columns go into the batch as text.
+    Of a COCO file the label is the names of an image's categories, sorted and joined by " + ", or
+    "none"; the features are its categories; further entries of its images are the columns.
 
     Args:
-        table: CSV file, relative to the data root.
+        table: CSV or COCO file, relative to the data root.
         classes: Labels in the order of the classes, the first one without evidence; or for each
             class the labels merged into it; None takes the labels of the table, sorted.
         group: Column whose images never part; None takes "group" if the table has it.
         features: Kinds of evidence that have columns of masks; none by default.
+        folder: Of the files that the table names, relative to its own folder.
+        levels: Relevance (3 the most relevant .. -1) of each grey value, 0 to 255, in the images of
+            the column importance. Without another annotation the evidence is the most relevant
+            level.
         loading: Size, channels, batch size and workers.
         augmentation: Of training batches; None is off.
         seed: Of the splits that the table leaves open.
@@ -88,6 +102,8 @@ class ImageTable(ImageDataModule):
         classes: list[str] | dict[str, list[str]] | None = None,
         group: str | None = None,
         features: list[str] | None = None,
+        folder: str = "",
+        levels: dict[int, int] | None = None,
         loading: Loading | None = None,
         augmentation: Augmentation | None = None,
         seed: int = 0,
@@ -96,6 +112,7 @@ class ImageTable(ImageDataModule):
     ) -> None:
         super().__init__(loading, augmentation, seed, fold, folds)
         self.table, self.group = data_root() / table, group
+        self.files, self.levels = self.table.parent / folder, levels or {}
         self.feature_names = tuple(features or ())
         if classes is None:
             classes = sorted({row["label"] for _, row in _lines(self.table)} - {""})
@@ -152,7 +169,30 @@ class ImageTable(ImageDataModule):
                 torch.stack([*masks.values()]).any(0) if whole is None else whole, size
             )
         features = {name: resize_mask(mask, size) for name, mask in masks.items()}
-        return Sample(resize_image(image, size), union, features)
+        try:
+            for each in row.annotations:
+                drawn, name = annotation_mask(each, height, width, size), each["category"]
+                features[name] = drawn | features.get(name, drawn)
+                union = drawn if union is None else union | drawn
+            importance = self._importance(row.importance) if row.importance else None
+        except ValueError as error:
+            raise ValueError(f"{row.place}: {error}") from error
+        if union is None and importance is not None:
+            union = importance == max(self.levels.values())
+        return Sample(resize_image(image, size), union, features, importance)
+
+    def _importance(self, path: Path) -> Int8[Tensor, "h w"]:
+        """Levels of a grey image, brought to the loaded size by its nearest pixels."""
+        grey = (read_image(path, 1) * 255).round().to(torch.uint8)
+        found = grey.unique().tolist()
+        if unknown := sorted(set(found) - set(self.levels)):
+            raise ValueError(f"levels have no relevance for the values {unknown} of {path}.")
+        table = torch.zeros(256, dtype=torch.int8)
+        for value in found:
+            table[value] = self.levels[value]
+        size = [self.loading.size, self.loading.size]
+        near: Tensor = resize(grey, size, InterpolationMode.NEAREST_EXACT)
+        return table[near[0].long()]
 
     def _parse(self, place: str, line: dict[str, str]) -> Row:
         label, group = line["label"], self.group or "group"
@@ -163,6 +203,8 @@ class ImageTable(ImageDataModule):
             columns = ", ".join(line)
             raise ValueError(f"{place}: there is no group column {group!r}, only {columns}.")
         masks = {f"mask_{name}": name for name in self.feature_names}
+        if "annotations" in line:
+            masks = {}  # the categories are the features
         for column in masks:
             if column not in line:
                 raise ValueError(
@@ -175,19 +217,21 @@ class ImageTable(ImageDataModule):
             group=line.get(group, ""),
             columns={k: text for k, text in line.items() if k not in OWN_COLUMNS | {*masks}},
         )
-        image = _existing(place, "image", self.table.parent / line["image"])
-        mask = line.get("mask")
+        image = _existing(place, "image", self.files / line["image"])
+        mask, importance = line.get("mask"), line.get("importance")
         return Row(
             place,
             record,
             image,
-            _existing(place, "mask", self.table.parent / mask) if mask else None,
+            _existing(place, "mask", self.files / mask) if mask else None,
             {
-                name: _existing(place, column, self.table.parent / line[column])
+                name: _existing(place, column, self.files / line[column])
                 for column, name in masks.items()
                 if line[column]
             },
+            _existing(place, "importance", self.files / importance) if importance else None,
             _boxes(place, line.get("boxes", "")),
+            tuple(json.loads(line.get("annotations") or "[]")),
         )
 
 
@@ -195,6 +239,9 @@ def _lines(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Place (table and line of the file) and cells of each row."""
     if not table.is_file():
         raise ValueError(f"Table {table} does not exist; set SIMADV_DATA to the data folder.")
+    if table.suffix == ".json":
+        yield from coco_lines(table)
+        return
     with table.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, restval="")
         columns = list(reader.fieldnames or [])

@@ -212,3 +212,33 @@ def test_features_have_masks_of_their_own(tmp_path: Path) -> None:
     assert list(batch["columns"]) == ["label"]
     with pytest.raises(ValueError, match="column 'mask_streaks' is missing"):
         ImageTable(table, ["n", "s"], features=["streaks"]).records()
+
+
+def test_levels_of_relevance(tmp_path: Path) -> None:
+    """A layer map: background 0, epidermis 100, lesion 200."""
+    layers = np.zeros((8, 16), np.uint8)
+    layers[2:4], layers[4:, 8:] = 100, 200
+    Image.fromarray(layers).save(tmp_path / "layers.png")
+    rows = ("a.png,s,layers.png", "b.png,s,")
+    table = write(tmp_path, "image,label,importance", *rows)
+    levels = {0: -1, 100: 1, 200: 3}
+    data = ImageTable(table, classes=["s"], levels=levels, loading=Loading(size=4))
+    layered, plain = (data.read(record) for record in data.records())
+    assert layered.importance is not None
+    assert layered.importance.tolist() == [[-1] * 4, [1] * 4, [-1, -1, 3, 3], [-1, -1, 3, 3]]
+    assert layered.mask is not None
+    assert layered.mask.equal(layered.importance == 3)
+    assert plain.importance is None
+    assert plain.mask is None
+    fewer = ImageTable(table, classes=["s"], levels={0: -1, 200: 3}, loading=SMALL)
+    with pytest.raises(ValueError, match=r"line 2: levels have no relevance for the values \[100"):
+        fewer.read(fewer.records()[0])
+
+
+def test_files_may_lie_in_a_folder(tmp_path: Path) -> None:
+    table = write(tmp_path, "image,label", "a.png,s")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "files" / "a.png")
+    assert len(ImageTable(table, classes=["s"], folder="files").records()) == 1
+    with pytest.raises(ValueError, match=r"line 2: column 'image' names .*a\.png, which is not"):
+        ImageTable(table, classes=["s"]).records()
