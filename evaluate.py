@@ -40,6 +40,7 @@ from explainers.base import Explainer
 from explainers.evaluation import agreement as groups_of
 from explainers.evaluation import compare as scoring
 from explainers.evaluation import pictures, published, report
+from explainers.evaluation import quality as judged
 from explainers.evaluation import repeatability as pairs
 from explainers.evaluation import sanity as checks
 from explainers.evaluation import thresholds as cuts
@@ -479,6 +480,36 @@ def repeatability(
     pairs.write(subject.with_groups(rows), Path(out))
 
 
+def quality(out: str = "runs/quality", smoothing: float = 0.0, **study: Any) -> None:
+    """Score every method's maps by every metric of location and of faithfulness.
+
+    Writes quality_scores.csv (per image), quality.csv (means, intervals) and quality.md. The class
+    that the classifier decides is explained.
+
+    Args:
+        out: Folder that everything is written to.
+        smoothing: Sigma of a Gaussian over the maps, share of the image side; 0 is off.
+        **study: See Study; retrained has no use here.
+    """
+    subject = Study(**study)
+    rows: scoring.Rows = []
+    pixels = []
+    for name, explainer in track(subject.explainers.items(), "Scoring"):
+        maps = []
+        for batch in subject.batches:
+            saliency = explainer.explain(batch["image"], views=subject.views, smoothing=smoothing)
+            maps.append(saliency)
+            scores = judged.location_scores(saliency, batch)
+            scores |= judged.faithfulness_scores(saliency, batch, subject.network)
+            for metric, values in scores.items():
+                rows += [
+                    {"id": i, "method": name, "metric": metric, "value": value}
+                    for i, value in zip(batch["id"], values.tolist(), strict=True)
+                ]
+        pixels.append(judged.pixels_of_all(name, maps, subject.batches))
+    judged.write(subject.with_groups(rows), pd.concat(pixels), Path(out))
+
+
 def thresholds(
     out: str = "runs/thresholds",
     metric: Literal["jaccard", "dice"] = "jaccard",
@@ -725,7 +756,7 @@ def progress_bar() -> Progress:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     commands: list[Callable[..., object]] = [compare, pool, paper, sanity, randomise]
-    commands += [label_randomisation, repeatability, thresholds, agreement]
+    commands += [label_randomisation, repeatability, thresholds, agreement, quality]
     auto_cli(commands, args=arguments, as_positional=False)
 
 

@@ -479,7 +479,7 @@ def test_presets_of_compare_are_understood(
     )
 
 
-COMMANDS = ("sanity", "label_randomisation", "repeatability", "thresholds", "agreement")
+COMMANDS = ("sanity", "label_randomisation", "repeatability", "thresholds", "agreement", "quality")
 
 
 @pytest.mark.parametrize(
@@ -668,6 +668,46 @@ def feature_table(folder: Path) -> Path:
                 lines.append(",".join([f"{name}.png", str(label), split, *cells]))
     (folder / "table.csv").write_text("\n".join(lines))
     return folder / "table.csv"
+
+
+def test_quality_is_every_metric_of_the_maps(
+    phantom_classifier: Path, phantom_single: Path, tmp_path: Path
+) -> None:
+    """Some of the metrics worked out again from the maps, image by image."""
+    arguments = sanity_arguments(phantom_classifier) | {"methods": {"Gradient": Gradient}}
+    learned = {"Single": str(phantom_single)}
+    evaluate.quality(str(tmp_path), **arguments, explainers=learned)
+    scores = pd.read_csv(tmp_path / "quality_scores.csv")
+    assert set(scores["method"]) == {"Gradient", "Edge map", "Random map", "Single"}
+    assert scores["metric"].nunique() == 11 + 8 + 2 + 3
+    assert scores.groupby(["method", "metric"])["id"].nunique().eq(4).all()
+    assert scores["value"].notna().all()
+    network = load_network(phantom_classifier)
+    rows = scores[scores["method"] == "Gradient"].set_index(["id", "metric"])["value"]
+    checked = 0
+    for batch in phantom().loader("test"):
+        for k, name in enumerate(batch["id"]):
+            if name not in set(scores["id"]):
+                continue
+            image, mask = batch["image"][k : k + 1], batch["mask"][k : k + 1]
+            saliency = Gradient(network).explain(image)
+            p = network(image).sigmoid()[0, 0]
+            sign = 1 if network.decide(image)[0] else -1
+            dark = network(image * (1 - min_max(saliency)[:, None])).sigmoid()[0, 0]
+            before, after = (float(v.detach() if sign > 0 else 1 - v.detach()) for v in (p, dark))
+            drop = 100 * max(0.0, before - after) / before
+            assert rows[name, "drop_relevant_soft"] == pytest.approx(drop, abs=1e-3)
+            mass = float(saliency[mask].sum() / saliency.sum())
+            assert rows[name, "relevance_mass"] == pytest.approx(mass, rel=1e-4)
+            checked += 1
+    assert checked == 4
+    table = pd.read_csv(tmp_path / "quality.csv").set_index(["method", "metric"])
+    assert table.loc[("Gradient", "road"), "n"] == 4
+    assert 0 < table.loc[("Gradient", "pixel_average_precision"), "mean"] < 1
+    lines = (tmp_path / "quality.md").read_text().splitlines()
+    assert lines[0].startswith("| metric | Gradient |")
+    assert len(lines) == 2 + 25
+    assert "nan" not in lines[-1]
 
 
 def test_agreement_shows_the_extremes(
