@@ -571,11 +571,13 @@ def agreement(
     smoothing: Literal["raw", "smoothed"] = "raw",
     out: str = "runs/agreement",
     pictured: int = 6,
+    case: str | None = None,
     **study: Any,
 ) -> None:
     """Break the scores of a comparison down by groups of images; show the extremes of one row.
 
-    Writes agreement.csv and agreement.html, with the images of the highest and lowest score.
+    Writes agreement.csv and agreement.html, with the images of the highest and lowest score; with
+    case also agreement_cases.csv, in which each case counts once.
 
     Args:
         folder: Out folder of compare or pool.
@@ -587,13 +589,18 @@ def agreement(
         smoothing: Form of the row that is shown.
         out: Folder that everything is written to.
         pictured: Images at each end.
+        case: Column that names the case of an image, of which there may be several.
         **study: See Study; images and retrained have no use here.
     """
     subject = Study(**study)
     results = Results.read(Path(folder))
-    table = groups_of.by_group(results.scores, results.images, columns, metric)
+    tables = {"agreement": groups_of.by_group(results.scores, results.images, columns, metric)}
+    if case:
+        cases = groups_of.per_case(results.scores, results.images, case)
+        tables["agreement_cases"] = groups_of.by_group(*cases, columns, metric)
     Path(out).mkdir(parents=True, exist_ok=True)
-    table.to_csv(Path(out) / "agreement.csv", index=False)
+    for name, table in tables.items():
+        table.to_csv(Path(out) / f"{name}.csv", index=False)
     row = Row(method, averaged, smoothing)
     ends = groups_of.extremes(results.scores, row, metric, pictured)
     if not ends:
@@ -619,7 +626,9 @@ def agreement(
     )
     facts = {"Score": metric, "Shown": ", ".join(row), "Intervals": note}
     captioned = {f"{name}: {value:.3f}": shown.get(name, []) for name, value in ends.items()}
-    page = report.html_page("Agreement by group", facts, {"Groups": table.round(3)}, captioned)
+    titles = {"agreement": "Images by group", "agreement_cases": "Cases by group"}
+    shown_tables = {titles[name]: table.round(3) for name, table in tables.items()}
+    page = report.html_page("Agreement by group", facts, shown_tables, captioned)
     (Path(out) / "agreement.html").write_text(page)
 
 

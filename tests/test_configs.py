@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from files import write_image, write_isic
+from jsonargparse import ArgumentParser
 
 from classifiers import Network
-from datamodules.base import data_root
+from datamodules.base import ImageDataModule, data_root
 from train import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -22,6 +24,9 @@ CLASSES = {
     "phantom": ["healthy", "opacity"],
     "demo": ["healthy", "opacity"],
     "rsna": ["healthy", "opacity"],
+    "isic": ["nevus", "melanoma"],
+    "hfus": ["healthy", "lesion"],
+    "clinical": ["healthy", "lesion"],
 }
 SMALL = ["--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
 SMALL += ["--data.loading.size", "64", "--data.loading.batch_size", "2"]
@@ -44,6 +49,23 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+def write_study(name: str, folder: Path) -> None:
+    """A small data set in the layout that the preset reads: two classes, images with evidence."""
+    if name == "isic":
+        write_isic(folder)
+        return
+    lines = ["image,label,split,case,importance,mask,age,sex,skin_type"]
+    for k in range(12):
+        split = ("train", "train", "val", "test")[k % 4]
+        files = [f"image{k}.png", f"layers{k}.png", f"mask{k}.png"]
+        for file, value in zip(files, (51, 4, 255), strict=True):
+            write_image(folder / file, np.full((16, 16), value, np.uint8))
+        cells = f"{files[1]}," if name == "hfus" else f",{files[2]}"
+        label = ("healthy", "lesion")[k // 4 % 2]
+        lines.append(f"{files[0]},{label},{split},case{k},{cells},4{k},F,II")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=name_of)
 def test_one_batch(
     preset: Path,
@@ -57,14 +79,20 @@ def test_one_batch(
     if data == "rsna":
         monkeypatch.setenv("SIMADV_DATA", str(rsna_folder.parent))
         arguments += ["--data.split", "seeded"]
-        if preset.stem == "classifier":  # its ImageNet weights would be downloaded
-            weights = tmp_path / "weights.pt"
-            torch.save(Network("resnet50", 1).backbone.state_dict(), weights)
-            arguments += ["--model.network.init_args.weights", str(weights)]
+    elif data in ("isic", "hfus", "clinical"):
+        monkeypatch.setenv("SIMADV_DATA", str(tmp_path))
+        write_study(data, tmp_path / {"isic": "isic2018"}.get(data, data))
     elif data in ("busi", "deeppcb") and not (data_root() / data).exists():
         pytest.skip(f"no folder {data} under SIMADV_DATA")
-    if preset.stem != "classifier":
+    if not preset.stem.startswith("classifier"):
         arguments += ["--model.network", str(classifiers[data])]
+    elif "weights: imagenet" in preset.read_text() and data not in ("busi", "deeppcb"):
+        backbone = yaml.safe_load(preset.read_text())["model"]["init_args"]["network"]["init_args"]
+        weights = tmp_path / "weights.pt"  # those of ImageNet would be downloaded
+        torch.save(Network(backbone["backbone"], 1).backbone.state_dict(), weights)
+        arguments += ["--model.network.init_args.weights", str(weights)]
+    if preset.stem == "classifier_inception_v3":
+        arguments += ["--data.loading.size", "75"]
     trainer = main(arguments).trainer
     assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 1
     assert trainer.callback_metrics["val/loss"].isfinite()
@@ -149,3 +177,13 @@ def rsna_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = pd.DataFrame(classes, columns=["patientId", "class"])
     info.to_csv(folder / "stage_2_detailed_class_info.csv", index=False)
     return folder
+
+
+@pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*/data*.yaml")), ids=name_of)
+def test_data_presets_are_understood(preset: Path) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(ImageDataModule, "data")
+    given = yaml.safe_load(preset.read_text())
+    parsed = parser.parse_args(["--data", str(preset)]).data
+    assert parsed.class_path.rsplit(".", 1)[-1] == given["class_path"].rsplit(".", 1)[-1]
+    assert parsed.init_args.loading.size == given["init_args"]["loading"]["size"]

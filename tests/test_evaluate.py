@@ -725,7 +725,11 @@ def test_agreement_shows_the_extremes(
             **options,
         )
 
-    run("Single", smoothing="smoothed")
+    run("Single", smoothing="smoothed", case="id")
+    cases, images = (pd.read_csv(tmp_path / f"agreement{end}.csv") for end in ("_cases", ""))
+    assert cases["mean"].tolist() == pytest.approx(images["mean"].tolist())
+    assert cases["images"].tolist() == images["images"].tolist()
+    assert "Cases by group" in (tmp_path / "agreement.html").read_text()
     scores = Results.read(results).scores
     row = scores.query(
         "method == 'Single' and views == 'plain' and smoothing == 'smoothed' "

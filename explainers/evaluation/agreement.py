@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,12 +32,10 @@ def levels(images: pd.DataFrame, column: str) -> pd.Series:
     Raises:
         ValueError: If there is no such column.
     """
-    if column == CONFIDENCE:
-        values = pd.Series(
-            [line[f"p({line['decision']})"] for line in images.to_dict("records")], images.index
-        )
-    elif column in images:
+    if column in images:
         values = images[column]
+    elif column == CONFIDENCE:
+        values = confidences(images)
     else:
         raise ValueError(f"there is no column {column!r}, only {[CONFIDENCE, *images]}.")
     numbers = pd.to_numeric(values, errors="coerce")
@@ -44,6 +43,51 @@ def levels(images: pd.DataFrame, column: str) -> pd.Series:
     if values.nunique() > MOST_LEVELS and numbers[known].notna().all():
         values = pd.qcut(numbers, 4, duplicates="drop")
     return values.astype(str)
+
+
+def confidences(images: pd.DataFrame) -> pd.Series:
+    """Probability of the decided class of every image."""
+    lines = images.to_dict("records")
+    return pd.Series([line[f"p({line['decision']})"] for line in lines], images.index)
+
+
+def per_case(
+    scores: pd.DataFrame, images: pd.DataFrame, column: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores and images in which each case, of one or several images, is one line.
+
+    A score is the mean over the images of the case that have it, and so is the confidence; what
+    differs between the images of a case is "mixed".
+
+    Args:
+        scores: See `statistics.checked_scores`.
+        images: Of `levels`, with seed where the scores have it.
+        column: That names the case of each image; "" is a case of its own.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    if column not in images:
+        raise ValueError(f"there is no column {column!r}, only {[*images]}.")
+    seed = [name for name in ("seed",) if name in images and name in scores]
+    case = images[column].astype(str).where(images[column] != "", "image " + images["id"])
+    told = images.assign(case=case, **{CONFIDENCE: confidences(images)})
+    parts = [part.assign(**same(part)) for _, part in told.groupby([*seed, "case"], sort=False)]
+    cases = pd.concat([part.iloc[:1] for part in parts])
+    cases = cases.assign(id=cases["case"]).drop(columns="case")
+    joined = scores.merge(told[["id", *seed, "case"]], on=["id", *seed])
+    key = ["case", "group", *seed, *ROW, "metric"]
+    means = joined.groupby(key, sort=False)["value"].mean().reset_index()
+    return means.rename(columns={"case": "id"}), cases
+
+
+def same(images: pd.DataFrame) -> dict[str, Any]:
+    """The value of every column that all these images share, else "mixed"; mean confidence."""
+    shared = {
+        str(name): values.iloc[0] if values.nunique() == 1 else "mixed"
+        for name, values in images.astype(object).items()
+    }
+    return {**shared, CONFIDENCE: images[CONFIDENCE].mean()}
 
 
 def by_group(

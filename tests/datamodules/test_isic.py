@@ -7,45 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from files import write_image
+from files import write_image, write_isic
 
 from datamodules import ISIC2018
 from datamodules.base import Loading
-from datamodules.isic import ATTRIBUTES
 
 SMALL = Loading(size=8, channels=3)
-
-
-def feature_files(folder: Path, part: str, name: str) -> None:
-    """Globules in the upper half, streaks at the left; the outline is the middle."""
-    write_image(
-        folder / f"ISIC2018_Task1-2_{part}_Input" / f"{name}.jpg",
-        np.full((16, 16, 3), 51, np.uint8),
-    )
-    masks = {attribute: np.zeros((16, 16), np.uint8) for attribute in ATTRIBUTES}
-    masks["globules"][:8] = 255
-    masks["streaks"][:, :4] = 255
-    suffix = "_v3" if part == "Training" else ""
-    for attribute, mask in masks.items():
-        truth = folder / f"ISIC2018_Task2_{part}_GroundTruth{suffix}"
-        write_image(truth / f"{name}_attribute_{attribute}.png", mask)
-    outline = np.zeros((16, 16), np.uint8)
-    outline[4:12, 4:12] = 255
-    truth = folder / f"ISIC2018_Task1_{part}_GroundTruth"
-    write_image(truth / f"{name}_segmentation.png", outline)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Tasks 1 and 2: a nevus, a melanoma and a keratosis in each part; task 3: 24 images."""
-    lines = ["image_id,melanoma,seborrheic_keratosis"]
-    for first, part in ((0, "Training"), (10, "Validation"), (20, "Test")):
-        for k, columns in enumerate(("0.0,0.0", "1.0,0.0", "0.0,1.0")):
-            name = f"ISIC_{first + k:07d}"
-            feature_files(tmp_path, part, name)
-            lines.append(f"{name},{columns}")
-    table = tmp_path / "ISIC-2017_Training_Part3_GroundTruth.csv"
-    table.write_text("\n".join(lines) + "\n")
+    write_isic(tmp_path)
     lines, lesions = ["image,MEL,NV,BCC"], ["image,lesion_id,diagnosis_confirm_type"]
     for k in range(24):
         name = f"ISIC_{24306 + k:07d}"

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from explainers.evaluation.agreement import by_group, difference, extremes, levels
+from explainers.evaluation.agreement import by_group, difference, extremes, levels, per_case
 from explainers.evaluation.statistics import Row, bootstrap_interval
 
 IMAGES = pd.DataFrame(
@@ -125,3 +125,25 @@ def test_extremes_from_the_highest_down() -> None:
 def test_an_unknown_score_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"no score 'dice'; there are \['average_precision'\]"):
         by_group(SCORES, IMAGES, ["label"], "dice")
+
+
+def test_each_case_counts_once() -> None:
+    """a and b are one patient's: .9 and .1, one of them right; c and d are cases of their own."""
+    values, images = per_case(SCORES, IMAGES, "group")
+    assert images["id"].tolist() == ["p", "image c", "image d"]
+    assert images["label"].tolist() == ["ill", "well", "ill"]
+    assert images["correct"].tolist() == ["mixed", True, True]
+    assert images["confidence"].tolist() == pytest.approx([0.8, 0.6, 0.6])
+    assert values.set_index("id")["value"].to_dict() == pytest.approx(
+        {"p": 0.5, "image c": 0.4, "image d": 0.6}
+    )
+    table = by_group(values, images, ["label", "confidence"], "average_precision")
+    line = table.set_index(["column", "level"])
+    assert line.loc[("label", "ill"), "mean"] == pytest.approx(0.55)
+    assert line.loc[("label", "ill"), "images"] == 2
+    two = [part.assign(seed=seed) for seed, part in enumerate((SCORES, SCORES))]
+    seen = [part.assign(seed=seed) for seed, part in enumerate((IMAGES, IMAGES))]
+    values, images = per_case(pd.concat(two), pd.concat(seen), "group")
+    assert len(values) == len(images) == 6
+    with pytest.raises(ValueError, match="no column 'case', only"):
+        per_case(SCORES, IMAGES, "case")
