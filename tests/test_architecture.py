@@ -57,7 +57,7 @@ JOINING = {"explainers", "explainers.__main__"}  # the package's face and its co
 def test_the_graph_is_read_right() -> None:
     assert "explainers.views" in GRAPH["explainers.base"]
     assert "classifiers.network" in GRAPH["explainers.base"]
-    assert GRAPH["explainers.evaluation.metrics.localisation"] == set()
+    assert GRAPH["explainers.evaluation.metrics.mean"] == set()
     assert wing("explainers.learned.single") == "learned"
     assert wing("explainers.views") is wing("classifiers.network") is None
 
