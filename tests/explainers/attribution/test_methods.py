@@ -166,3 +166,14 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(
     memory.room = 0
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out"):
         METHODS[name](network).saliency(image, target)
+
+
+@pytest.mark.parametrize("name", ["GuidedBackpropagation", "DeepLIFT", "FullGrad", "GradCAM"])
+@pytest.mark.parametrize(("backbone", "side"), [("googlenet", 48), ("inception_v3", 107)])
+def test_inceptions_in_the_methods_that_follow_layers(name: str, backbone: str, side: int) -> None:
+    """Branches that are joined, and in Inception v3 an input of another scale."""
+    torch.manual_seed(0)
+    network, build = Network(backbone), getattr(attribution, name)
+    maps = build(network).explain(torch.rand(2, 1, side, side))
+    assert maps.isfinite().all()
+    assert (maps.std((1, 2)) > 0).all()
