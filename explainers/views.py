@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from kornia.filters import gaussian_blur2d
 from kornia.geometry.transform import get_affine_matrix2d, warp_affine
 from torch import Tensor
@@ -84,6 +84,14 @@ class Views:
         return (affine @ flip)[:, :2]
 
 
+def seen_pixels(
+    forward: Float[Tensor, "k 2 3"], back: Float[Tensor, "k 2 3"], height: int, width: int
+) -> Bool[Tensor, "k h w"]:
+    """Pixels whose value survives each view's way there and back (m_k of Eq. 11)."""
+    there = warp(forward.new_ones(len(forward), 1, height, width), forward, "zeros")
+    return warp(there, back, "zeros")[:, 0] >= SEEN
+
+
 def inverse(matrices: Float[Tensor, "k 2 3"]) -> Float[Tensor, "k 2 3"]:
     """Transforms that undo ``matrices``."""
     linear = torch.linalg.inv(matrices[:, :, :2])
@@ -122,8 +130,7 @@ def average_over_views(
     k, b, (height, width) = views.count, len(image), image.shape[2:]
     matrices = views.matrices(height, width)
     forward, back = matrices.to(image), inverse(matrices).to(image)
-    there = warp(image.new_ones(k, 1, height, width), forward, "zeros")
-    seen = (warp(there, back, "zeros")[:, 0] >= SEEN).to(image.dtype)
+    seen = seen_pixels(forward, back, height, width).to(image.dtype)
     total = image.new_zeros(b, height, width)
 
     def add(pair: Tensor) -> None:

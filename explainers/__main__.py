@@ -1,0 +1,161 @@
+"""Take an explainer out of the lab: ``python -m explainers export CHECKPOINT --data DATA``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from datamodules.base import ImageDataModule
+from explainers.evaluation.metrics.localisation import average_precision
+from explainers.learned import Adversarial, Duo, Single, load_explainer
+from explainers.views import Views
+
+TOLERANCE = 1e-4  # of a map against the checkpoint's
+BATCH = 8
+
+
+def export(
+    checkpoint: str,
+    data: ImageDataModule,
+    out: str = "runs/export",
+    views: Views | None = None,
+    smoothing: float = 0.0,
+    images: int = 64,
+) -> None:
+    """Write a learned explainer with its classifier as .pt2 and ONNX (fp32, fp16, int8).
+
+    Writes model.pt2, model.onnx, model_fp16.onnx, model_int8.onnx, card.json and card.md. All of
+    them answer with probability, decision, similar, adversarial and map for images (b, c, h, w) in
+    [0, 1] of the size of the data, in batches of any size.
+
+    Args:
+        checkpoint: Of a Single, Duo or Adversarial.
+        data: Test images for parity and speed; validation images for the ranges of int8 and for
+            what 16 and 8 bit cost in localisation.
+        out: Folder that everything is written to.
+        views: Geometric views that the map is averaged over; none by default.
+        smoothing: Sigma of a Gaussian over the map, share of the image side; 0 is off.
+        images: Most images of either split that are looked at.
+
+    Raises:
+        ValueError: If the explainer cannot be exported.
+        RuntimeError: If an exported model does not give the checkpoint's maps or decisions.
+    """
+    from explainers.inference import Answer, Bundle, card
+    from explainers.inference import export as files
+
+    explainer = load_explainer(checkpoint).cpu().eval()
+    if not isinstance(explainer, Single | Duo | Adversarial):
+        raise ValueError(
+            f"{type(explainer).__name__} cannot be exported: it needs the classifier's decision "
+            "to choose a generator; export a Single, Duo or Adversarial."
+        )
+    data.prepare_data()
+    data.setup()
+    size, folder = data.loading.size, Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    bundle = Bundle(explainer.network, explainer, (size, size), views, smoothing).eval()
+    tested = gathered(data, "test", images)["image"]
+
+    def checkpoint_answer(image: Tensor) -> Answer:
+        with torch.no_grad():
+            answer = Answer(*bundle(image))
+        return answer._replace(map=explainer.explain(image, views=views, smoothing=smoothing))
+
+    def eager(image: Tensor) -> Answer:
+        with torch.no_grad():
+            return Answer(*bundle(image))
+
+    names = ("model.onnx", "model_fp16.onnx", "model_int8.onnx")
+    onnx, half, quantised = (folder / name for name in names)
+    files.write_pt2(bundle, tested, folder / "model.pt2")
+    files.write_onnx(bundle, tested, onnx)
+    files.write_half(onnx, half)
+    validation = gathered(data, "val", images)
+    files.write_int8(onnx, quantised, validation["image"].split(BATCH))
+    program = torch.export.load(folder / "model.pt2").module()
+    calls: dict[str, Callable[[Tensor], Answer]] = {
+        "checkpoint": checkpoint_answer,
+        "model.pt2": lambda image: Answer(*program(image)),
+    }
+    for path in (onnx, half, quantised):
+        calls[path.name] = runner(path)
+    parity, precision, time = {}, {}, {"eager": files.seconds(eager, tested[:1])}
+    expected = answers(calls["checkpoint"], tested)
+    for name, call in calls.items():
+        with torch.no_grad():
+            parity[name] = files.largest_difference(expected, answers(call, tested))
+            maps = answers(call, validation["image"]).map
+        found = average_precision(maps, validation["mask"])
+        precision[name] = float(found.nanmean())
+        time[name] = files.seconds(call, tested[:1])
+        print(
+            f"{name}: largest difference of the map {parity[name]['map']:.2g}, decisions that "
+            f"differ {parity[name]['decision']:.0f} of {len(tested)}, validation average "
+            f"precision {precision[name]:.3f}, {time[name]:.4f} s an image"
+        )
+    for name in ("model.pt2", onnx.name):
+        if parity[name]["map"] > TOLERANCE or parity[name]["decision"]:
+            raise RuntimeError(
+                f"{folder / name} differs from the checkpoint: map by {parity[name]['map']:.2g} "
+                f"(at most {TOLERANCE}), {parity[name]['decision']:.0f} decisions; do not use it."
+            )
+    own = {"class": type(explainer).__name__, **explainer.arguments()}
+    facts = {
+        "data": {"module": type(data).__name__, "validation": len(validation["image"])},
+        "input": {"shape": ["batch", tested.shape[1], size, size], "range": [0, 1]},
+        "outputs": list(Answer._fields),
+        "views": vars(views) if views else {},
+        "smoothing": smoothing,
+        "largest_difference_of_map": {name: value["map"] for name, value in parity.items()},
+        "validation_average_precision": precision,
+        "seconds_per_image": time,
+    }
+    content = card.card(Path(checkpoint), explainer.network.recipe, own, facts)
+    card.write_card(json.loads(json.dumps(content)), folder)
+
+
+def gathered(data: ImageDataModule, split: Any, images: int) -> dict[str, Tensor]:
+    """The first images of a split and their masks."""
+    parts: list[Any] = []
+    for batch in data.loader(split):
+        parts.append(batch)
+        if sum(len(part["image"]) for part in parts) >= images:
+            break
+    return {key: torch.cat([part[key] for part in parts])[:images] for key in ("image", "mask")}
+
+
+def runner(path: Path) -> Callable[[Tensor], Any]:
+    """The answers of an ONNX file."""
+    from explainers.inference import export as files
+
+    session = files.open_onnx(path, torch.get_num_threads())
+    return lambda image: files.run(session, image)
+
+
+def answers(call: Callable[[Tensor], Any], images: Tensor) -> Any:
+    """Answer for many images, a few at a time."""
+    parts = [call(part) for part in images.split(BATCH)]
+    return type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = ArgumentParser(prog="python -m explainers", description=__doc__)
+    commands = parser.add_subcommands()
+    sub = ArgumentParser(description=export.__doc__)
+    sub.add_argument("checkpoint", help="checkpoint of a Single, Duo or Adversarial")
+    sub.add_function_arguments(export, skip={"checkpoint"}, sub_configs=True)
+    commands.add_subcommand("export", sub)
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    export(**vars(parsed.export))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Classifier and generator as one module of fixed image size, without anything to look up."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import grid_sample
+
+from classifiers.network import Network, decide, probabilities
+from explainers.views import Views, inverse, seen_pixels, smooth
+
+
+class Answer(NamedTuple):
+    """What a bundle says of a batch.
+
+    Attributes:
+        probability: Of every class, Float (b, classes).
+        decision: Class at the operating point, Int64 (b).
+        similar: Image that is decided as before, Float (b, c, h, w) in [0, 1].
+        adversarial: Image that is decided otherwise, Float (b, c, h, w) in [0, 1].
+        map: Float (b, h, w), larger = more relevant.
+    """
+
+    probability: Tensor
+    decision: Tensor
+    similar: Tensor
+    adversarial: Tensor
+    map: Tensor
+
+
+OUTPUTS = Answer._fields
+
+
+class Bundle(nn.Module):
+    """Images in [0, 1] in, an `Answer` out: normalisation, classifier, generator, views, smoothing.
+
+    The maps are those of `Explainer.explain` for images of this size.
+
+    Args:
+        network: The classifier.
+        generator: Gives the similar and the adversarial image of an image.
+        size: Height and width of the images, pixels.
+        views: Geometric views to average over, all in one batch; none by default.
+        smoothing: Sigma of a Gaussian over the map, share of the image side; 0 is off.
+    """
+
+    there: Tensor
+    back: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        network: Network,
+        generator: nn.Module,
+        size: tuple[int, int],
+        views: Views | None = None,
+        smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.network, self.generator = network.eval(), generator.eval()
+        self.smoothing, self.count = smoothing, views.count if views else 0
+        if views and views.count:
+            forward = views.matrices(*size)
+            back = inverse(forward)
+            self.register_buffer("there", sampling_grid(back, *size))
+            self.register_buffer("back", sampling_grid(forward, *size))
+            self.register_buffer("seen", seen_pixels(forward, back, *size).float())
+
+    def forward(
+        self, image: Float[Tensor, "b c h w"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The fields of an `Answer`, as a plain tuple that a file can hold."""
+        logits = self.network(image)
+        similar, adversarial = self.generator(image)
+        plain = difference(similar, adversarial)
+        maps = self.averaged(image, plain) if self.count else plain
+        decision = decide(logits, self.network.threshold)
+        maps = smooth(maps, self.smoothing)
+        return probabilities(logits), decision, similar, adversarial, maps
+
+    def averaged(
+        self, image: Float[Tensor, "b c h w"], plain: Float[Tensor, "b h w"]
+    ) -> Float[Tensor, "b h w"]:
+        """Maps averaged over the views (Eq. 11), plain where no view saw a pixel."""
+        batch = image.shape[0]
+        views = image.repeat_interleave(self.count, 0)
+        moved = sampled(views, self.there.repeat(batch, 1, 1, 1), "border")
+        maps = difference(*self.generator(moved))[:, None]
+        maps = sampled(maps, self.back.repeat(batch, 1, 1, 1), "zeros")[:, 0]
+        total = (maps.unflatten(0, (batch, self.count)) * self.seen).sum(1)
+        times = self.seen.sum(0)
+        return torch.where(times > 0, total / times.clamp(min=1), plain)
+
+
+def difference(
+    similar: Float[Tensor, "b c h w"], adversarial: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    """E(x) = abs(g_s(x) - g_a(x)), mean over the channels (Eq. 3)."""
+    return (similar - adversarial).abs().mean(1)
+
+
+def sampled(
+    image: Float[Tensor, "b c h w"], grid: Float[Tensor, "b h w 2"], padding: str
+) -> Float[Tensor, "b c h w"]:
+    """The image at the grid's places, bilinear."""
+    return grid_sample(image, grid, "bilinear", padding, align_corners=True)
+
+
+def sampling_grid(
+    matrices: Float[Tensor, "k 2 3"], height: int, width: int
+) -> Float[Tensor, "k h w 2"]:
+    """Where each pixel's value comes from, in [-1, 1], for transforms of pixel coordinates."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    pixels = torch.stack([columns, rows, torch.ones_like(rows)], -1).to(matrices)
+    places = torch.einsum("kij,hwj->khwi", matrices, pixels)
+    return 2 * places / torch.tensor([width - 1, height - 1]).to(matrices) - 1

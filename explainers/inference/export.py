@@ -1,0 +1,133 @@
+"""A bundle as files: torch.export (.pt2) and ONNX in fp32, fp16 and int8; parity and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from torch import Tensor
+
+from explainers.inference.bundle import OUTPUTS, Answer, Bundle
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def write_pt2(bundle: Bundle, image: Tensor, path: Path) -> None:
+    """Write the bundle by torch.export, for batches of any size.
+
+    Args:
+        bundle: On the CPU.
+        image: An example, (b, c, h, w).
+        path: Ending in .pt2.
+    """
+    torch.export.save(exported(bundle, image), path)
+
+
+def write_onnx(bundle: Bundle, image: Tensor, path: Path) -> None:
+    """Write the bundle as ONNX: input "image", outputs as in `Answer`, for batches of any size."""
+    program = torch.onnx.export(
+        exported(bundle, image),
+        (example(image),),
+        input_names=["image"],
+        output_names=list(OUTPUTS),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(path), external_data=False)
+
+
+def exported(bundle: Bundle, image: Tensor) -> torch.export.ExportedProgram:
+    """The bundle's graph."""
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        return torch.export.export(
+            bundle.eval(), (example(image),), dynamic_shapes={"image": {0: batch}}, strict=False
+        )
+
+
+def example(image: Tensor) -> Tensor:
+    """Two images: a batch of one would be taken for a batch of every size one."""
+    return image[:1].repeat(2, 1, 1, 1).contiguous()
+
+
+def write_half(source: Path, target: Path) -> None:
+    """Write an ONNX model with weights and inner values of 16 bit; input and outputs keep 32."""
+    model = convert_float_to_float16(onnx.load(source), keep_io_types=True)
+    onnx.save(model, target)
+
+
+def write_int8(source: Path, target: Path, images: Iterable[Tensor]) -> None:
+    """Write an ONNX model whose convolutions work on 8 bit, ranges taken from the images.
+
+    Args:
+        source: fp32 model.
+        target: File to write.
+        images: Batches (b, c, h, w) for the ranges, from the validation split.
+    """
+    prepared = target.with_suffix(".prepared.onnx")
+    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared),
+        str(target),
+        Reader(images),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+    )
+    prepared.unlink()
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Gives batches of images to the quantisation."""
+
+    def __init__(self, images: Iterable[Tensor]) -> None:
+        self.batches: Iterator[Tensor] = iter(images)
+
+    def get_next(self) -> Arrays | None:
+        """The next batch, None after the last."""
+        batch = next(self.batches, None)
+        return None if batch is None else {"image": batch.numpy()}
+
+
+def open_onnx(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """The model in onnxruntime on the CPU; 0 threads takes onnxruntime's own number."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(session: onnxruntime.InferenceSession, image: Tensor) -> Answer:
+    """Answer of an ONNX model."""
+    found = session.run(list(OUTPUTS), {"image": image.numpy()})
+    return Answer(*map(torch.from_numpy, found))
+
+
+def largest_difference(one: Answer, two: Answer) -> dict[str, float]:
+    """Largest difference of every output; of the decisions the number that differ."""
+    differ = {
+        name: float((a.double() - b.double()).abs().max())
+        for name, a, b in zip(OUTPUTS, one, two, strict=True)
+    }
+    return {**differ, "decision": float((one.decision != two.decision).sum())}
+
+
+def seconds(call: Any, image: Tensor, repeats: int = 10) -> float:
+    """Median seconds of a call, after two for warmth."""
+    times = []
+    for _ in range(repeats + 2):
+        start = perf_counter()
+        call(image)
+        times.append(perf_counter() - start)
+    return median(times[2:])

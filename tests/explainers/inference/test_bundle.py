@@ -1,0 +1,34 @@
+"""The bundle says what the classifier and the explainer say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from classifiers.network import Network
+from explainers.inference import Answer, Bundle
+from explainers.learned import Adversarial, Duo, Geometry, Single
+from explainers.views import Views
+
+SMALL = Geometry(widths=(4, 6))
+
+
+@pytest.mark.parametrize("build", [Single, Duo, Adversarial])
+@pytest.mark.parametrize("views", [None, Views(0), Views(5, rotation=40.0, seed=3)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_its_answer_is_that_of_explain(
+    build: type[Single], views: Views | None, smoothing: float
+) -> None:
+    torch.manual_seed(0)
+    network = Network("test_resnet", threshold=0.4).eval()
+    explainer = build(network, geometry=SMALL).eval()
+    image = torch.rand(3, 1, 24, 20)
+    with torch.no_grad():
+        answer = Answer(*Bundle(network, explainer, (24, 20), views, smoothing)(image))
+        similar, adversarial = explainer(image)
+    assert_close(answer.map, explainer.explain(image, views=views, smoothing=smoothing))
+    assert_close(answer.decision, network.decide(image))
+    assert_close(answer.similar, similar)
+    assert_close(answer.adversarial, adversarial)
+    assert_close(answer.probability[:, 1], network(image).sigmoid()[:, 0])
