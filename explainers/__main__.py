@@ -1,19 +1,23 @@
-"""Take an explainer out of the lab: ``python -m explainers export CHECKPOINT --data DATA``."""
+"""Take an explainer out of the lab: ``python -m explainers export`` and ``explain``."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from datamodules.base import ImageDataModule
 from explainers.evaluation.metrics.localisation import average_precision
-from explainers.learned import Adversarial, Duo, Single, load_explainer
+from explainers.learned import load_explainer
+from explainers.learned.similar_adversarial import SimilarAdversarial
 from explainers.views import Views
 
 TOLERANCE = 1e-4  # of a map against the checkpoint's
@@ -50,12 +54,7 @@ def export(
     from explainers.inference import Answer, Bundle, card
     from explainers.inference import export as files
 
-    explainer = load_explainer(checkpoint).cpu().eval()
-    if not isinstance(explainer, Single | Duo | Adversarial):
-        raise ValueError(
-            f"{type(explainer).__name__} cannot be exported: it needs the classifier's decision "
-            "to choose a generator; export a Single, Duo or Adversarial."
-        )
+    explainer = exportable(checkpoint)
     data.prepare_data()
     data.setup()
     size, folder = data.loading.size, Path(out)
@@ -121,6 +120,96 @@ def export(
     card.write_card(json.loads(json.dumps(content)), folder)
 
 
+def explain(
+    model: str,
+    inputs: list[str],
+    out: str = "runs/explained",
+    size: int | None = None,
+    views: Views | None = None,
+    smoothing: float = 0.0,
+    batch_size: int = BATCH,
+    percentile: float = 95.0,
+    accelerator: str = "auto",
+) -> list[dict[str, str]]:
+    """Explain image files by a checkpoint or an exported model; goes on where it was stopped.
+
+    Writes an overlay (PNG) and the map (NPY, at the picture's own size) of every picture, and
+    results.csv: decision, probabilities, peak and regions. What cannot be read is told there and
+    at the end.
+
+    Args:
+        model: Checkpoint of a Single, Duo or Adversarial, or model.onnx with its card.json.
+        inputs: PNG, JPEG, TIFF, DICOM files, folders, patterns, CSV tables with a column image.
+        out: Folder that everything is written to.
+        size: Side that a checkpoint was trained on, pixels; taken from the config.yaml beside it.
+        views: Of a checkpoint: geometric views to average over.
+        smoothing: Of a checkpoint: sigma of a Gaussian over the map, share of the image side.
+        batch_size: Pictures at a time.
+        percentile: Of the map's values, above which a region is told.
+        accelerator: Where a checkpoint runs.
+
+    Returns:
+        Lines of the pictures that could not be read.
+
+    Raises:
+        ValueError: If the model or an input cannot be used.
+    """
+    from explainers.inference.explain import explain_files
+
+    opened = exported_model(Path(model)) if model.endswith(".onnx") else None
+    if opened is None:
+        opened = checkpoint_model(Path(model), size, views, smoothing, accelerator)
+    elif size or views or smoothing:
+        raise ValueError("an exported model has its own size, views and smoothing: leave them.")
+    return explain_files(opened, inputs, Path(out), batch_size, percentile)
+
+
+def exported_model(path: Path) -> Any:
+    """An ONNX file and the card beside it."""
+    from explainers.inference.explain import Model
+
+    card = path.with_name("card.json")
+    if not card.is_file():
+        raise ValueError(f"{card} is missing: keep it beside the model that it belongs to.")
+    content = json.loads(card.read_text())
+    _, channels, size, _ = content["input"]["shape"]
+    return Model(runner(path), size, channels, content["classifier"]["class_names"])
+
+
+def checkpoint_model(
+    path: Path, size: int | None, views: Views | None, smoothing: float, accelerator: str
+) -> Any:
+    """A checkpoint as what answers."""
+    from explainers.inference import Answer, Bundle
+    from explainers.inference.explain import Model
+
+    explainer = exportable(str(path))
+    config = path.with_name("config.yaml")
+    if size is None and config.is_file():
+        size = yaml.safe_load(config.read_text())["data"]["init_args"]["loading"]["size"]
+    if size is None:
+        raise ValueError(f"{config} is missing: give the size that {path} was trained on.")
+    device = Fabric(accelerator=accelerator, devices=1).device
+    bundle = Bundle(explainer.network, explainer, (size, size), views, smoothing).to(device)
+
+    def answer(image: Tensor) -> Answer:
+        with torch.no_grad():
+            return Answer(*(part.cpu() for part in bundle(image.to(device))))
+
+    return Model(answer, size, explainer.geometry.channels, explainer.network.class_names)
+
+
+def exportable(checkpoint: str) -> SimilarAdversarial:
+    """A learned explainer that answers without looking anything up."""
+    explainer = load_explainer(checkpoint).cpu().eval()
+    if not isinstance(explainer, SimilarAdversarial):
+        raise ValueError(
+            f"{type(explainer).__name__} cannot be exported: it needs the classifier's decision "
+            "to choose a generator; export a Single, Duo or Adversarial."
+        )
+    return explainer
+
+
 def gathered(data: ImageDataModule, split: Any, images: int) -> dict[str, Tensor]:
     """The first images of a split and their masks."""
     parts: list[Any] = []
@@ -149,12 +238,23 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = ArgumentParser(prog="python -m explainers", description=__doc__)
     commands = parser.add_subcommands()
-    sub = ArgumentParser(description=export.__doc__)
-    sub.add_argument("checkpoint", help="checkpoint of a Single, Duo or Adversarial")
-    sub.add_function_arguments(export, skip={"checkpoint"}, sub_configs=True)
-    commands.add_subcommand("export", sub)
+    exporting = ArgumentParser(description=export.__doc__)
+    exporting.add_argument("checkpoint", help="checkpoint of a Single, Duo or Adversarial")
+    exporting.add_function_arguments(export, skip={"checkpoint"}, sub_configs=True)
+    commands.add_subcommand("export", exporting)
+    explaining = ArgumentParser(description=explain.__doc__)
+    explaining.add_argument("model", help="checkpoint, or model.onnx with its card.json")
+    explaining.add_argument("inputs", nargs="+", help="files, folders, patterns or CSV tables")
+    explaining.add_argument("-o", "--out", default="runs/explained", help="folder to write to")
+    explaining.add_function_arguments(explain, skip={"model", "inputs", "out"})
+    commands.add_subcommand("explain", explaining)
     parsed = parser.instantiate(parser.parse_args(arguments))
-    export(**vars(parsed.export))
+    if parsed.subcommand == "export":
+        export(**vars(parsed.export))
+    elif failed := explain(**vars(parsed.explain)):
+        for row in failed:
+            print(row["error"])
+        sys.exit(f"{len(failed)} picture(s) could not be read; the others are explained.")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from PIL import Image
 from datamodules import Phantom
 from datamodules.base import Loading
 from explainers import MaskGenerator, load_explainer
-from explainers.__main__ import export, main
+from explainers.__main__ import explain, export, main
 from explainers.views import Views
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +82,25 @@ def test_the_readme_needs_nothing_of_this_project(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert f"class {int(explainer.network.decide(image))}" in done.stdout
     assert Image.open(tmp_path / "map.png").size == (32, 32)
+
+
+def test_files_explained_by_the_exported_model(
+    exported: tuple[Path, str], phantom_single: Path, tmp_path: Path
+) -> None:
+    """As by the checkpoint with the same views and smoothing."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 50), np.uint8)).save(tmp_path / "image.png")
+    inputs = [str(tmp_path / "image.png")]
+    assert explain(str(exported[0] / "model.onnx"), inputs, str(tmp_path / "onnx")) == []
+    views = Views(count=3)
+    explain(str(phantom_single), inputs, str(tmp_path / "own"), views=views, smoothing=0.05)
+    one, two = (np.load(next((tmp_path / name).glob("*.npy"))) for name in ("onnx", "own"))
+    assert one.shape == (40, 50)
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    with pytest.raises(ValueError, match="an exported model has its own size"):
+        explain(str(exported[0] / "model.onnx"), inputs, str(tmp_path / "x"), smoothing=0.1)
+    with pytest.raises(ValueError, match=r"card\.json is missing: keep it beside the model"):
+        explain(str(tmp_path / "model.onnx"), inputs, str(tmp_path / "x"))
 
 
 def test_an_explainer_that_looks_up_its_generator_is_refused(

@@ -1,0 +1,230 @@
+"""One's own images explained: files in, overlays, maps and a table out."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from glob import glob
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom import dcmread
+from rich.progress import Progress
+from skimage.measure import label, regionprops
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from datamodules.images import read_image, resize_image
+from explainers.inference.bundle import Answer
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom"}
+TABLE = "results.csv"
+Row = dict[str, str]
+
+
+class Model(NamedTuple):
+    """What answers for images of one size.
+
+    Attributes:
+        answer: Images (b, c, size, size) in, an `Answer` out.
+        size: Side of the images, pixels.
+        channels: 1 or 3.
+        class_names: In the order of the decisions.
+    """
+
+    answer: Callable[[Tensor], Answer]
+    size: int
+    channels: Literal[1, 3]
+    class_names: Sequence[str]
+
+
+class Source(NamedTuple):
+    """A picture: a file, and which of its frames where it has several."""
+
+    path: Path
+    frame: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """As the table tells it."""
+        return str(self.path), "" if self.frame is None else str(self.frame)
+
+    @property
+    def name(self) -> str:
+        """Of the picture's files: files of one name in two folders differ."""
+        place = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
+        return "_".join([self.path.stem, *([self.key[1]] if self.key[1] else []), place])
+
+
+def found_files(inputs: Iterable[str]) -> list[Path]:
+    """Files that are named: by path, in a folder and those below it, by a pattern, or in a table.
+
+    Args:
+        inputs: Of a folder the files with a known ending are taken; a table is a CSV with a
+            column ``image``, relative to its own folder.
+
+    Raises:
+        ValueError: If an input names nothing, or a table has no such column.
+    """
+    files: dict[Path, None] = {}
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            every = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+        elif path.suffix.lower() == ".csv" and path.is_file():
+            every = list(listed_files(path))
+        else:
+            every = [path] if path.is_file() else [Path(p) for p in sorted(glob(text))]
+        if not every:
+            raise ValueError(f"{text!r} names no image: give files, folders, patterns or a CSV.")
+        files |= dict.fromkeys(every)
+    return list(files)
+
+
+def listed_files(table: Path) -> Iterator[Path]:
+    """Files of a table's column ``image``."""
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if "image" not in (reader.fieldnames or []):
+            columns = ", ".join(reader.fieldnames or [])
+            raise ValueError(f"Table {table}: column 'image' is missing; it has {columns}.")
+        yield from (table.parent / line["image"] for line in reader)
+
+
+def pictures_of(path: Path) -> list[Source]:
+    """Every frame of a file; one for a file that cannot be read."""
+    frames = 1
+    try:
+        if path.suffix.lower() in {".tif", ".tiff"}:
+            with Image.open(path, formats=["TIFF"]) as image:
+                frames = getattr(image, "n_frames", 1)
+        elif path.suffix.lower() in {".dcm", ".dicom"}:
+            frames = int(dcmread(path, stop_before_pixels=True).get("NumberOfFrames") or 1)
+    except Exception:  # told with its reason where it is read
+        frames = 1
+    return [Source(path, frame) for frame in range(frames)] if frames > 1 else [Source(path)]
+
+
+def explain_files(
+    model: Model, inputs: Iterable[str], out: Path, batch_size: int = 8, percentile: float = 95.0
+) -> list[Row]:
+    """Explain files; what an interrupted call finished is not done again.
+
+    Writes, for each picture, <name>.png (the map over the image) and <name>.npy (Float32, height
+    and width of the picture as shown), and its line in results.csv: image, frame, name, decision,
+    p(class) of each, peak_x, peak_y, boxes (JSON: x0, y0, x1, y1 of the regions above the
+    percentile, the largest first), error.
+
+    Args:
+        model: What answers.
+        inputs: See `found_files`.
+        out: Folder, made if it is not there.
+        batch_size: Pictures at a time.
+        percentile: Of the map's values, above which a region is told.
+
+    Returns:
+        Lines of the pictures that could not be read.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    columns = ["image", "frame", "name", "decision", *(f"p({name})" for name in model.class_names)]
+    columns += ["peak_x", "peak_y", "boxes", "error"]
+    done = finished(out / TABLE, columns)
+    every = [source for path in found_files(inputs) for source in pictures_of(path)]
+    left = iter([source for source in every if source.key not in done])
+    failed: list[Row] = []
+    with Progress() as progress, (out / TABLE).open("a", newline="", encoding="utf-8") as file:
+        task = progress.add_task("Explaining", total=len(every), completed=len(done))
+        writer = csv.DictWriter(file, columns, restval="")
+        while sources := list(islice(left, batch_size)):
+            for row in explained(model, sources, out, percentile):
+                writer.writerow(row)
+                failed += [row] if row.get("error") else []
+            file.flush()
+            progress.advance(task, len(sources))
+    return failed
+
+
+def finished(table: Path, columns: Sequence[str]) -> set[tuple[str, str]]:
+    """Pictures whose lines are whole and without an error; the table is left with these alone.
+
+    Raises:
+        ValueError: If the table is of another model.
+    """
+    rows: list[Row] = []
+    if table.is_file():
+        with table.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if list(reader.fieldnames or []) != list(columns):
+                raise ValueError(f"{table} is of another model; give another folder or remove it.")
+            rows = [row for row in reader if row["error"] == "" and None not in row.values()]
+    part = table.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(table)
+    return {(row["image"], row["frame"]) for row in rows}
+
+
+def explained(
+    model: Model, sources: Sequence[Source], out: Path, percentile: float
+) -> Iterator[Row]:
+    """Write the files of some pictures and give their lines."""
+    read: list[tuple[Source, Tensor]] = []
+    for source in sources:
+        try:
+            read.append((source, read_image(source.path, model.channels, source.frame)))
+        except ValueError as error:
+            yield {"image": source.key[0], "frame": source.key[1], "error": str(error)}
+    if not read:
+        return
+    answer = model.answer(torch.stack([resize_image(image, model.size) for _, image in read]))
+    for k, (source, image) in enumerate(read):
+        size = (image.shape[1], image.shape[2])
+        heat = interpolate(answer.map[k][None, None], size, mode="bilinear")[0, 0].numpy()
+        np.save(out / f"{source.name}.npy", heat)
+        Image.fromarray(overlay(image, heat)).save(out / f"{source.name}.png")
+        row, column = np.unravel_index(int(heat.argmax()), heat.shape)
+        shares = zip(model.class_names, answer.probability[k].tolist(), strict=True)
+        yield {
+            "image": source.key[0],
+            "frame": source.key[1],
+            "name": source.name,
+            "decision": model.class_names[int(answer.decision[k])],
+            **{f"p({name})": f"{share:.6f}" for name, share in shares},
+            "peak_x": str(column),
+            "peak_y": str(row),
+            "boxes": json.dumps(region_boxes(heat, percentile)),
+            "error": "",
+        }
+
+
+def overlay(
+    image: Float[Tensor, "c h w"], heat: NDArray[np.float32], strength: float = 0.6
+) -> NDArray[np.uint8]:
+    """The image in grey, coloured the more the larger the map is: UInt8 (h, w, 3)."""
+    low, high = float(heat.min()), float(heat.max())
+    scaled = (heat - low) / max(high - low, 1e-12)
+    colour = mpl.colormaps["inferno"](scaled)[..., :3]
+    grey = image.mean(0).numpy()[..., None]
+    share = strength * scaled[..., None]
+    mixed: NDArray[np.uint8] = (
+        (255 * ((1 - share) * grey + share * colour)).round().astype(np.uint8)
+    )
+    return mixed
+
+
+def region_boxes(heat: NDArray[np.float32], percentile: float) -> list[list[int]]:
+    """x0, y0, x1, y1 (half-open, pixels) of the regions above a percentile, the largest first."""
+    regions = regionprops(label(heat > np.percentile(heat, percentile)))
+    regions.sort(key=lambda region: -region.area)
+    return [[region.bbox[i] for i in (1, 0, 3, 2)] for region in regions]

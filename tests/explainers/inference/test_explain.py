@@ -1,0 +1,161 @@
+"""One's own files: every kind that is read, what is not, and what is left after a stop."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from files import write_dicom, write_image
+from PIL import Image
+from torch import Tensor
+
+from datamodules.base import data_root
+from datamodules.images import read_image, resize_image
+from explainers import load_explainer
+from explainers.__main__ import explain, main
+from explainers.inference import Answer
+from explainers.inference.explain import Model, explain_files, found_files, overlay, region_boxes
+
+
+def bright(image: Tensor) -> Answer:
+    """The image itself is the map; bright ones are ill."""
+    share = image.mean((1, 2, 3))
+    probability = torch.stack([1 - share, share], 1)
+    return Answer(probability, probability.argmax(1), image, image, image.mean(1))
+
+
+MODEL = Model(bright, 16, 1, ["well", "ill"])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A PNG with a bright spot, a DICOM file, two frames of a TIFF, and a text that is no image."""
+    spot = np.zeros((32, 64), np.uint8)
+    spot[8:16, 32:48] = 255
+    write_image(tmp_path / "in" / "spot.png", spot)
+    write_dicom(tmp_path / "in" / "below" / "film.dcm", np.full((16, 16), 200, np.uint8))
+    frames = [Image.new("L", (16, 16), value) for value in (0, 255)]
+    path = tmp_path / "in" / "pages.tiff"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    (tmp_path / "in" / "broken.png").write_text("no image")
+    return tmp_path
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "out" / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_kind_of_file_and_what_cannot_be_read(folder: Path) -> None:
+    failed = explain_files(MODEL, [str(folder / "in")], folder / "out", batch_size=2)
+    assert [Path(row["image"]).name for row in failed] == ["broken.png"]
+    assert "cannot be read" in failed[0]["error"]
+    rows = {(Path(row["image"]).name, row["frame"]): row for row in table(folder)}
+    assert {*rows} == {
+        ("spot.png", ""),
+        ("film.dcm", ""),
+        ("pages.tiff", "0"),
+        ("pages.tiff", "1"),
+        ("broken.png", ""),
+    }
+    assert rows["film.dcm", ""]["decision"] == "ill"
+    assert float(rows["film.dcm", ""]["p(ill)"]) == pytest.approx(200 / 255, abs=1e-3)
+    assert [rows["pages.tiff", k]["decision"] for k in "01"] == ["well", "ill"]
+    spot = rows["spot.png", ""]
+    heat = np.load(folder / "out" / f"{spot['name']}.npy")
+    assert heat.shape == (32, 64)
+    peak = int(spot["peak_x"]), int(spot["peak_y"])
+    assert 32 <= peak[0] < 48
+    assert 8 <= peak[1] < 16
+    x0, y0, x1, y1 = json.loads(spot["boxes"])[0]
+    assert 30 <= x0 <= 34 and 6 <= y0 <= 10 and 46 <= x1 <= 50 and 14 <= y1 <= 18  # noqa: PT018
+    picture = np.asarray(Image.open(folder / "out" / f"{spot['name']}.png"))
+    assert picture.shape == (32, 64, 3)
+    assert picture[10, 40].sum() > picture[0, 0].sum()
+
+
+def test_an_interrupted_call_goes_on(folder: Path) -> None:
+    calls: list[int] = []
+
+    def stops(image: Tensor) -> Answer:
+        calls.append(len(image))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return bright(image)
+
+    stopping = MODEL._replace(answer=stops)
+    with pytest.raises(KeyboardInterrupt):
+        explain_files(stopping, [str(folder / "in")], folder / "out", batch_size=2)
+    results = folder / "out" / "results.csv"
+    kept = len(table(folder))
+    with results.open("a") as file:
+        file.write("torn,li")  # a line that was being written
+    explain_files(stopping, [str(folder / "in")], folder / "out", batch_size=2)
+    rows = [(row["image"], row["frame"]) for row in table(folder)]
+    assert len(rows) == len(set(rows)) == 5
+    assert sum(calls[2:]) == 4 - sum(1 for row in table(folder)[:kept] if not row["error"])
+    again = len(calls)
+    assert len(explain_files(stopping, [str(folder / "in")], folder / "out")) == 1  # tried again
+    assert len(calls) == again
+    other = MODEL._replace(class_names=["a", "b"])
+    with pytest.raises(ValueError, match=r"results\.csv is of another model"):
+        explain_files(other, [str(folder / "in")], folder / "out")
+
+
+def test_files_by_name_pattern_and_table(folder: Path) -> None:
+    inside = folder / "in"
+    (inside / "list.csv").write_text("image,age\nspot.png,40\nbelow/film.dcm,50\n")
+    spot, film = inside / "spot.png", inside / "below" / "film.dcm"
+    assert found_files([str(inside / "*.png")]) == [inside / "broken.png", spot]
+    assert found_files([str(inside / "list.csv"), str(spot)]) == [spot, film]
+    with pytest.raises(ValueError, match=r"'nothing\*' names no image: give files, folders"):
+        found_files(["nothing*"])
+    (inside / "other.csv").write_text("file\nspot.png\n")
+    with pytest.raises(ValueError, match="column 'image' is missing; it has file"):
+        found_files([str(inside / "other.csv")])
+
+
+def test_a_constant_map_has_no_region() -> None:
+    flat = np.zeros((8, 8), np.float32)
+    assert region_boxes(flat, 95) == []
+    assert not overlay(torch.zeros(1, 8, 8), flat).any()
+
+
+def test_a_checkpoint_by_the_command(
+    phantom_single: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "out"
+    arguments = ["explain", str(phantom_single), str(folder / "in"), "-o", str(out)]
+    with pytest.raises(SystemExit, match=r"1 picture\(s\) could not be read"):
+        main([*arguments, "--accelerator", "cpu", "--smoothing", "0.05"])
+    assert "broken.png cannot be read" in capsys.readouterr().out.replace("\n", "")
+    explainer = load_explainer(phantom_single)
+    row = next(row for row in table(folder) if row["image"].endswith("film.dcm"))
+    image = resize_image(read_image(row["image"], 1), 32)[None]
+    expected = explainer.explain(image, smoothing=0.05)
+    found = torch.from_numpy(np.load(out / f"{row['name']}.npy"))[None, None]
+    shown = torch.nn.functional.interpolate(expected[None], (16, 16), mode="bilinear")
+    torch.testing.assert_close(found, shown)
+    (phantom_single.parent / "elsewhere").mkdir(exist_ok=True)
+    copied = phantom_single.parent / "elsewhere" / "best.ckpt"
+    copied.write_bytes(phantom_single.read_bytes())
+    with pytest.raises(ValueError, match="give the size that"):
+        explain(str(copied), [str(folder / "in")], str(out))
+
+
+def test_the_real_dicom_files(phantom_single: Path, tmp_path: Path) -> None:
+    if not (data_root() / "dicom").is_dir():
+        pytest.skip(f"needs {data_root() / 'dicom'}")
+    failed = explain(
+        str(phantom_single), [str(data_root() / "dicom")], str(tmp_path / "out"), accelerator="cpu"
+    )
+    assert failed == []
+    for row in table(tmp_path):
+        heat = np.load(tmp_path / "out" / f"{row['name']}.npy")
+        frame = int(row["frame"]) if row["frame"] else None
+        assert heat.shape == read_image(row["image"], 1, frame).shape[1:]
+        assert np.isfinite(heat).all()
