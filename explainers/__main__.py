@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +80,14 @@ def export(
     files.write_half(onnx, half)
     validation = gathered(data, "val", images)
     files.write_int8(onnx, quantised, validation["image"].split(BATCH))
-    program = torch.export.load(folder / "model.pt2").module()
-    calls: dict[str, Callable[[Tensor], Answer]] = {
-        "checkpoint": checkpoint_answer,
-        "model.pt2": lambda image: Answer(*program(image)),
-    }
-    for path in (onnx, half, quantised):
+    calls: dict[str, Callable[[Tensor], Answer]] = {"checkpoint": checkpoint_answer}
+    for path in (folder / "model.pt2", onnx, half, quantised):
         calls[path.name] = runner(path)
     parity, precision, time = {}, {}, {"eager": files.seconds(eager, tested[:1])}
     expected = answers(calls["checkpoint"], tested)
     for name, call in calls.items():
-        with torch.no_grad():
-            parity[name] = files.largest_difference(expected, answers(call, tested))
-            maps = answers(call, validation["image"]).map
+        parity[name] = files.largest_difference(expected, answers(call, tested))
+        maps = answers(call, validation["image"]).map
         found = average_precision(maps, validation["mask"])
         precision[name] = float(found.nanmean())
         time[name] = files.seconds(call, tested[:1])
@@ -110,7 +107,7 @@ def export(
         "data": {"module": type(data).__name__, "validation": len(validation["image"])},
         "input": {"shape": ["batch", tested.shape[1], size, size], "range": [0, 1]},
         "outputs": list(Answer._fields),
-        "views": vars(views) if views else {},
+        "views": asdict(views) if views else {},
         "smoothing": smoothing,
         "largest_difference_of_map": {name: value["map"] for name, value in parity.items()},
         "validation_average_precision": precision,
@@ -138,7 +135,8 @@ def explain(
     at the end.
 
     Args:
-        model: Checkpoint of a Single, Duo or Adversarial, or model.onnx with its card.json.
+        model: Checkpoint of a Single, Duo or Adversarial, or an exported model (.onnx, .pt2) with
+            its card.json.
         inputs: PNG, JPEG, TIFF, DICOM files, folders, patterns, CSV tables with a column image.
         out: Folder that everything is written to.
         size: Side that a checkpoint was trained on, pixels; taken from the config.yaml beside it.
@@ -156,16 +154,17 @@ def explain(
     """
     from explainers.inference.explain import explain_files
 
-    opened = exported_model(Path(model)) if model.endswith(".onnx") else None
-    if opened is None:
+    if Path(model).suffix not in (".onnx", ".pt2"):
         opened = checkpoint_model(Path(model), size, views, smoothing, accelerator)
     elif size or views or smoothing:
         raise ValueError("an exported model has its own size, views and smoothing: leave them.")
+    else:
+        opened = exported_model(Path(model))
     return explain_files(opened, inputs, Path(out), batch_size, percentile)
 
 
 def exported_model(path: Path) -> Any:
-    """An ONNX file and the card beside it."""
+    """An exported file and the card beside it."""
     from explainers.inference.explain import Model
 
     card = path.with_name("card.json")
@@ -173,7 +172,8 @@ def exported_model(path: Path) -> Any:
         raise ValueError(f"{card} is missing: keep it beside the model that it belongs to.")
     content = json.loads(card.read_text())
     _, channels, size, _ = content["input"]["shape"]
-    return Model(runner(path), size, channels, content["classifier"]["class_names"])
+    names = content["classifier"]["class_names"]
+    return Model(runner(path), size, channels, names, digest(path))
 
 
 def checkpoint_model(
@@ -185,10 +185,12 @@ def checkpoint_model(
 
     explainer = exportable(str(path))
     config = path.with_name("config.yaml")
-    if size is None and config.is_file():
-        size = yaml.safe_load(config.read_text())["data"]["init_args"]["loading"]["size"]
-    if size is None:
-        raise ValueError(f"{config} is missing: give the size that {path} was trained on.")
+    try:
+        size = size or yaml.safe_load(config.read_text())["data"]["init_args"]["loading"]["size"]
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{config} tells no size: give that which {path} was trained on."
+        ) from error
     device = Fabric(accelerator=accelerator, devices=1).device
     bundle = Bundle(explainer.network, explainer, (size, size), views, smoothing).to(device)
 
@@ -196,7 +198,14 @@ def checkpoint_model(
         with torch.no_grad():
             return Answer(*(part.cpu() for part in bundle(image.to(device))))
 
-    return Model(answer, size, explainer.geometry.channels, explainer.network.class_names)
+    settings = json.dumps([digest(path), size, asdict(views) if views else None, smoothing])
+    names = explainer.network.class_names
+    return Model(answer, size, explainer.geometry.channels, names, settings)
+
+
+def digest(path: Path) -> str:
+    """Of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def exportable(checkpoint: str) -> SimilarAdversarial:
@@ -221,9 +230,13 @@ def gathered(data: ImageDataModule, split: Any, images: int) -> dict[str, Tensor
 
 
 def runner(path: Path) -> Callable[[Tensor], Any]:
-    """The answers of an ONNX file."""
+    """The answers of an exported file."""
+    from explainers.inference import Answer
     from explainers.inference import export as files
 
+    if path.suffix == ".pt2":
+        program = torch.no_grad()(torch.export.load(path).module())
+        return lambda image: Answer(*program(image))
     session = files.open_onnx(path, torch.get_num_threads())
     return lambda image: files.run(session, image)
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import dcmread
+from pydicom.misc import is_dicom
 from rich.progress import Progress
 from skimage.measure import label, regionprops
 from torch import Tensor
@@ -39,12 +40,14 @@ class Model(NamedTuple):
         size: Side of the images, pixels.
         channels: 1 or 3.
         class_names: In the order of the decisions.
+        settings: Whatever changes the answer, as text: weights, views, smoothing.
     """
 
     answer: Callable[[Tensor], Answer]
     size: int
     channels: Literal[1, 3]
     class_names: Sequence[str]
+    settings: str = ""
 
 
 class Source(NamedTuple):
@@ -69,8 +72,8 @@ def found_files(inputs: Iterable[str]) -> list[Path]:
     """Files that are named: by path, in a folder and those below it, by a pattern, or in a table.
 
     Args:
-        inputs: Of a folder the files with a known ending are taken; a table is a CSV with a
-            column ``image``, relative to its own folder.
+        inputs: Of a folder the files with a known ending are taken, and DICOM files without one; a
+            table is a CSV with a column ``image``, relative to its own folder.
 
     Raises:
         ValueError: If an input names nothing, or a table has no such column.
@@ -79,7 +82,7 @@ def found_files(inputs: Iterable[str]) -> list[Path]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            every = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+            every = sorted(p for p in path.rglob("*") if is_picture(p))
         elif path.suffix.lower() == ".csv" and path.is_file():
             every = list(listed_files(path))
         else:
@@ -88,6 +91,12 @@ def found_files(inputs: Iterable[str]) -> list[Path]:
             raise ValueError(f"{text!r} names no image: give files, folders, patterns or a CSV.")
         files |= dict.fromkeys(every)
     return list(files)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file of a folder is meant to be read."""
+    ending = path.suffix.lower()
+    return ending in ENDINGS or (ending == "" and path.is_file() and is_dicom(path))
 
 
 def listed_files(table: Path) -> Iterator[Path]:
@@ -107,7 +116,7 @@ def pictures_of(path: Path) -> list[Source]:
         if path.suffix.lower() in {".tif", ".tiff"}:
             with Image.open(path, formats=["TIFF"]) as image:
                 frames = getattr(image, "n_frames", 1)
-        elif path.suffix.lower() in {".dcm", ".dicom"}:
+        elif path.suffix.lower() in {".dcm", ".dicom"} or is_dicom(path):
             frames = int(dcmread(path, stop_before_pixels=True).get("NumberOfFrames") or 1)
     except Exception:  # told with its reason where it is read
         frames = 1
@@ -133,11 +142,18 @@ def explain_files(
 
     Returns:
         Lines of the pictures that could not be read.
+
+    Raises:
+        ValueError: If the percentile is none, an input names nothing, or the folder holds what
+            another model or other settings gave.
     """
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile must be in [0, 100], but got {percentile}.")
     out.mkdir(parents=True, exist_ok=True)
     columns = ["image", "frame", "name", "decision", *(f"p({name})" for name in model.class_names)]
     columns += ["peak_x", "peak_y", "boxes", "error"]
-    done = finished(out / TABLE, columns)
+    settings = json.dumps([columns, model.settings, percentile])
+    done = finished(out / TABLE, columns, settings)
     every = [source for path in found_files(inputs) for source in pictures_of(path)]
     left = iter([source for source in every if source.key not in done])
     failed: list[Row] = []
@@ -153,19 +169,22 @@ def explain_files(
     return failed
 
 
-def finished(table: Path, columns: Sequence[str]) -> set[tuple[str, str]]:
+def finished(table: Path, columns: Sequence[str], settings: str) -> set[tuple[str, str]]:
     """Pictures whose lines are whole and without an error; the table is left with these alone.
 
     Raises:
-        ValueError: If the table is of another model.
+        ValueError: If the table was made with other settings.
     """
     rows: list[Row] = []
+    told = table.with_name("settings.json")
     if table.is_file():
+        if not told.is_file() or told.read_text() != settings:
+            raise ValueError(
+                f"{table} is of another model or other settings; give another folder or remove it."
+            )
         with table.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if list(reader.fieldnames or []) != list(columns):
-                raise ValueError(f"{table} is of another model; give another folder or remove it.")
-            rows = [row for row in reader if row["error"] == "" and None not in row.values()]
+            rows = [row for row in csv.DictReader(file) if row["error"] == ""]
+    told.write_text(settings)
     part = table.with_suffix(".part")
     with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)

@@ -94,9 +94,12 @@ def test_files_explained_by_the_exported_model(
     assert explain(str(exported[0] / "model.onnx"), inputs, str(tmp_path / "onnx")) == []
     views = Views(count=3)
     explain(str(phantom_single), inputs, str(tmp_path / "own"), views=views, smoothing=0.05)
+    explain(str(exported[0] / "model.pt2"), inputs, str(tmp_path / "pt2"))
+    program = np.load(next((tmp_path / "pt2").glob("*.npy")))
     one, two = (np.load(next((tmp_path / name).glob("*.npy"))) for name in ("onnx", "own"))
     assert one.shape == (40, 50)
     np.testing.assert_allclose(one, two, atol=1e-5)
+    np.testing.assert_allclose(program, two, atol=1e-5)
     with pytest.raises(ValueError, match="an exported model has its own size"):
         explain(str(exported[0] / "model.onnx"), inputs, str(tmp_path / "x"), smoothing=0.1)
     with pytest.raises(ValueError, match=r"card\.json is missing: keep it beside the model"):

@@ -38,6 +38,8 @@ def folder(tmp_path: Path) -> Path:
     spot[8:16, 32:48] = 255
     write_image(tmp_path / "in" / "spot.png", spot)
     write_dicom(tmp_path / "in" / "below" / "film.dcm", np.full((16, 16), 200, np.uint8))
+    write_dicom(tmp_path / "in" / "below" / "I0001", np.full((16, 16), 100, np.uint8))
+    (tmp_path / "in" / "README").write_text("not a picture")
     frames = [Image.new("L", (16, 16), value) for value in (0, 255)]
     path = tmp_path / "in" / "pages.tiff"
     frames[0].save(path, save_all=True, append_images=frames[1:])
@@ -58,6 +60,7 @@ def test_every_kind_of_file_and_what_cannot_be_read(folder: Path) -> None:
     assert {*rows} == {
         ("spot.png", ""),
         ("film.dcm", ""),
+        ("I0001", ""),
         ("pages.tiff", "0"),
         ("pages.tiff", "1"),
         ("broken.png", ""),
@@ -96,14 +99,18 @@ def test_an_interrupted_call_goes_on(folder: Path) -> None:
         file.write("torn,li")  # a line that was being written
     explain_files(stopping, [str(folder / "in")], folder / "out", batch_size=2)
     rows = [(row["image"], row["frame"]) for row in table(folder)]
-    assert len(rows) == len(set(rows)) == 5
-    assert sum(calls[2:]) == 4 - sum(1 for row in table(folder)[:kept] if not row["error"])
+    assert len(rows) == len(set(rows)) == 6
+    assert sum(calls[2:]) == 5 - sum(1 for row in table(folder)[:kept] if not row["error"])
     again = len(calls)
     assert len(explain_files(stopping, [str(folder / "in")], folder / "out")) == 1  # tried again
     assert len(calls) == again
     other = MODEL._replace(class_names=["a", "b"])
-    with pytest.raises(ValueError, match=r"results\.csv is of another model"):
+    with pytest.raises(ValueError, match=r"results\.csv is of another model or other settings"):
         explain_files(other, [str(folder / "in")], folder / "out")
+    with pytest.raises(ValueError, match=r"results\.csv is of another model or other settings"):
+        explain_files(stopping, [str(folder / "in")], folder / "out", percentile=90)
+    with pytest.raises(ValueError, match=r"percentile must be in \[0, 100\], but got 101"):
+        explain_files(stopping, [str(folder / "in")], folder / "out", percentile=101)
 
 
 def test_files_by_name_pattern_and_table(folder: Path) -> None:
@@ -143,7 +150,7 @@ def test_a_checkpoint_by_the_command(
     (phantom_single.parent / "elsewhere").mkdir(exist_ok=True)
     copied = phantom_single.parent / "elsewhere" / "best.ckpt"
     copied.write_bytes(phantom_single.read_bytes())
-    with pytest.raises(ValueError, match="give the size that"):
+    with pytest.raises(ValueError, match="tells no size: give that which"):
         explain(str(copied), [str(folder / "in")], str(out))
 
 
