@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -20,6 +20,23 @@ from torch import Tensor
 from explainers.inference.bundle import OUTPUTS, Answer, Bundle
 
 Arrays = Mapping[str, NDArray[Any]]
+
+
+def write_all(bundle: Bundle, validation: Sequence[Tensor], folder: Path) -> list[Path]:
+    """Write model.pt2, model.onnx, model_fp16.onnx and model_int8.onnx; gives their paths.
+
+    Args:
+        bundle: On the CPU.
+        validation: Batches of images for the ranges of int8.
+        folder: That is there.
+    """
+    names = ("model.pt2", "model.onnx", "model_fp16.onnx", "model_int8.onnx")
+    program, onnx_model, half, quantised = paths = [folder / name for name in names]
+    write_pt2(bundle, validation[0], program)
+    write_onnx(bundle, validation[0], onnx_model)
+    write_half(onnx_model, half)
+    write_int8(onnx_model, quantised, validation)
+    return paths
 
 
 def write_pt2(bundle: Bundle, image: Tensor, path: Path) -> None:
