@@ -51,7 +51,7 @@ from explainers.evaluation.tables import long_table
 from explainers.evaluation.thresholds import Sweep
 from explainers.learned import LearnedExplainer, load_explainer
 from explainers.views import Views
-from train import wandb_mode
+from train import plainly, wandb_mode
 
 Method = Callable[[Network], Explainer]
 
@@ -110,7 +110,7 @@ def compare(
         name: same_classifier(load_explainer(path).to(fabric.device), network, name)
         for name, path in (explainers or {}).items()
     }
-    others = {name: build(network) for name, build in (methods or {}).items()}
+    others = built(methods or {}, network)
     entries = [scoring.Entry(name, one) for name, one in (learned | others).items()]
     entries += controls(network, data, seed)
     protocol = scoring.Protocol(split, views, smoothing, checked_limits(limits or {}, entries))
@@ -286,7 +286,7 @@ class Study:
     @property
     def explainers(self) -> dict[str, Explainer]:
         """Every method of this classifier and the learned explainers, by name."""
-        return {name: build(self.network) for name, build in self.methods.items()} | self.learned
+        return built(self.methods, self.network) | self.learned
 
     def annotated(self, split: Literal["val", "test"]) -> list[dict[str, Any]]:
         """The chosen images of a split that have a mask, in batches."""
@@ -323,9 +323,10 @@ class Study:
         kept: dict[str, Method] = {k: partial(with_network, own) for k, own in self.learned.items()}
         subjects = self.methods | kept
         for label, build in track(subjects.items(), "Explaining", total=len(subjects)):
-            rows += checks.score_states(
-                label, build, states(), self.batches, self.views, keeps_target=label not in kept
-            )
+            with scoring.named(label):
+                rows += checks.score_states(
+                    label, build, states(), self.batches, self.views, keeps_target=label not in kept
+                )
         pair = two_states("retrained", self.network, other)
         for label, explainer in self.loaded(self.retrained, other).items():
             by_network = {self.network: self.learned[label], other: explainer}
@@ -497,10 +498,11 @@ def quality(out: str = "runs/quality", smoothing: float = 0.0, **study: Any) -> 
     for name, explainer in track(subject.explainers.items(), "Scoring"):
         maps = []
         for batch in subject.batches:
-            saliency = explainer.explain(batch["image"], views=subject.views, smoothing=smoothing)
-            maps.append(saliency)
-            scores = judged.location_scores(saliency, batch)
-            scores |= judged.faithfulness_scores(saliency, batch, subject.network)
+            image = batch["image"]
+            with scoring.named(name):
+                maps.append(explainer.explain(image, views=subject.views, smoothing=smoothing))
+            scores = judged.location_scores(maps[-1], batch)
+            scores |= judged.faithfulness_scores(maps[-1], batch, subject.network)
             for metric, values in scores.items():
                 rows += [
                     {"id": i, "method": name, "metric": metric, "value": value}
@@ -534,10 +536,11 @@ def thresholds(
     rows: scoring.Rows = []
     for name, explainer in track(subject.explainers.items(), "Explaining"):
         for split, parts in batches.items():
-            maps = [
-                explainer.explain(b["image"], views=subject.views, smoothing=smoothing)
-                for b in parts
-            ]
+            with scoring.named(name):
+                maps = [
+                    explainer.explain(b["image"], views=subject.views, smoothing=smoothing)
+                    for b in parts
+                ]
             image, mask, features = (
                 torch.cat([b[key] for b in parts]) for key in ("image", "mask", "features")
             )
@@ -630,6 +633,15 @@ def agreement(
     shown_tables = {titles[name]: table.round(3) for name, table in tables.items()}
     page = report.html_page("Agreement by group", facts, shown_tables, captioned)
     (Path(out) / "agreement.html").write_text(page)
+
+
+def built(methods: Mapping[str, Method], network: Network) -> dict[str, Explainer]:
+    """Every method of a classifier; what is wrong with one is told with its name."""
+    explainers = {}
+    for name, build in methods.items():
+        with scoring.named(name):
+            explainers[name] = build(network)
+    return explainers
 
 
 def two_states(order: checks.Order, network: Network, other: Network) -> list[checks.State]:
@@ -770,4 +782,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plainly():
+        main()

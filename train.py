@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -148,5 +151,17 @@ def main(args: list[str] | None = None) -> TrainCLI:
     )
 
 
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Bad input ends a command with its sentence; SIMADV_TRACEBACK=1 shows where it arose."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("SIMADV_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    main()
+    with plainly():
+        main()

@@ -60,6 +60,7 @@ class Network(nn.Module):
         class_names: list[str] | None = None,
     ) -> None:
         super().__init__()
+        weights = None if weights in ("None", "null") else weights  # the command line's null
         if num_logits < 1:
             raise ValueError(f"num_logits must be 1 or more, but got {num_logits}.")
         if num_logits > 1 and threshold != 0.5:

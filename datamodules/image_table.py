@@ -238,7 +238,10 @@ class ImageTable(ImageDataModule):
 def _lines(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Place (table and line of the file) and cells of each row."""
     if not table.is_file():
-        raise ValueError(f"Table {table} does not exist; set SIMADV_DATA to the data folder.")
+        raise ValueError(
+            f"Table {table} does not exist; set SIMADV_DATA to the data folder, and table to its "
+            "file in it."
+        )
     if table.suffix == ".json":
         yield from coco_lines(table)
         return

@@ -747,3 +747,23 @@ def test_agreement_shows_the_extremes(
     assert page.count("data:image/png") == 2 * 4
     with pytest.raises(ValueError, match=r"row \('Duo', 'plain', 'raw'\) has no"):
         run("Duo")
+
+
+def test_an_error_names_its_row(phantom_classifier: Path, tmp_path: Path) -> None:
+    """While a method is built, and while it explains: maps of one position at 32 px."""
+    arguments = sanity_arguments(phantom_classifier)
+    wrong = arguments | {"methods": {"CAM, blocks.4": partial(GradCAM, layer="blocks.4")}}
+    with pytest.raises(ValueError, match=r"row 'CAM, blocks\.4': the backbone has no layer"):
+        evaluate.quality(str(tmp_path), **wrong)
+    last = arguments | {"methods": {"CAM, last": GradCAM}}
+    for command in (evaluate.quality, evaluate.thresholds, evaluate.sanity):
+        with pytest.raises(ValueError, match=r"row 'CAM, last': there is no last layer"):
+            command(str(tmp_path), **last)
+    with pytest.raises(ValueError, match=r"row 'CAM, last': there is no last layer"):
+        evaluate.compare(
+            arguments["data"],
+            str(phantom_classifier),
+            methods={"CAM, last": GradCAM},
+            out=str(tmp_path / "compare"),
+            accelerator="cpu",
+        )

@@ -25,7 +25,7 @@ from torchvision.io import read_image
 
 from classifiers import load_network
 from explainers import Single, load_explainer
-from train import build_loggers, wandb_mode
+from train import build_loggers, plainly, wandb_mode
 
 ROOT = Path(__file__).parent.parent
 Train = Callable[..., None]
@@ -311,3 +311,16 @@ def test_scores_of_validation_are_finite(phantom_classifier: Path) -> None:
     scores = metrics(phantom_classifier.parent).filter(like="val/")
     assert len(scores.columns) == 10  # loss, threshold, AUC, accuracy, three per class
     assert np.isfinite(scores.to_numpy()).all()
+
+
+def test_bad_input_ends_a_command_with_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        with plainly():
+            raise ValueError("x must be y.")
+
+    monkeypatch.delenv("SIMADV_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit, match=r"^error: x must be y\.$"):
+        fails()
+    monkeypatch.setenv("SIMADV_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="x must be y"):
+        fails()

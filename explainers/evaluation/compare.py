@@ -165,6 +165,15 @@ def choose_smoothing(
     return candidates[int((total - total.max()).abs().le(1e-9).nonzero()[0])]
 
 
+@contextmanager
+def named(row: str) -> Iterator[None]:
+    """A ValueError inside says in which row it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"row {row!r}: {error}") from error
+
+
 def score_entry(
     entry: Entry,
     validation: Iterable[dict[str, Any]],
@@ -181,9 +190,10 @@ def score_entry(
         views: Of the maps.
         candidates: Sigmas to choose from; see `choose_smoothing`.
     """
-    sigma = choose_smoothing(entry.explainer, validation, views, candidates)
-    sigmas = {"raw": 0.0} | ({"smoothed": sigma} if any(candidates) else {})
-    rows, cost = score_maps(entry, scored, views, sigmas)
+    with named(entry.name):
+        sigma = choose_smoothing(entry.explainer, validation, views, candidates)
+        sigmas = {"raw": 0.0} | ({"smoothed": sigma} if any(candidates) else {})
+        rows, cost = score_maps(entry, scored, views, sigmas)
     row = {"method": entry.name, "views": "views" if views else "plain", "control": entry.control}
     return rows, {**row, "sigma": sigma, **cost.per_image()}
 

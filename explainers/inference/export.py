@@ -86,7 +86,9 @@ def write_half(source: Path, target: Path) -> None:
 
 
 def write_int8(source: Path, target: Path, images: Iterable[Tensor]) -> None:
-    """Write an ONNX model whose convolutions work on 8 bit, ranges taken from the images.
+    """Write an ONNX model whose generator convolves in 8 bit, ranges taken from the images.
+
+    The classifier keeps 32 bit: in 8 bit an EfficientNet decided one image in ten otherwise.
 
     Args:
         source: fp32 model.
@@ -95,15 +97,22 @@ def write_int8(source: Path, target: Path, images: Iterable[Tensor]) -> None:
     """
     prepared = target.with_suffix(".prepared.onnx")
     quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    convolutions = [node for node in onnx.load(prepared).graph.node if node.op_type == "Conv"]
+    generator = [node.name for node in convolutions if of_generator(node.input[1])]
     quantize_static(
         str(prepared),
         str(target),
         Reader(images),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        nodes_to_quantize=generator,
     )
     prepared.unlink()
+
+
+def of_generator(weight: str) -> bool:
+    """Whether a weight's name is one of the generator's, which holds the classifier too."""
+    return weight.startswith("generator.") and ".network." not in weight
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]

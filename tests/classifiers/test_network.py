@@ -296,3 +296,9 @@ def test_load_network_says_what_a_file_is_not(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("hello")
     with pytest.raises(ValueError, match=r"checkpoint '.*text\.ckpt' cannot be read"):
         load_network(tmp_path / "text.ckpt")
+
+
+def test_null_of_the_command_line_starts_from_scratch() -> None:
+    """`--model.network.init_args.weights null` arrives as a text."""
+    assert Network("test_resnet", weights="None").recipe["weights"] is None
+    assert Network("test_resnet", weights="null").recipe["weights"] is None

@@ -50,6 +50,9 @@ def test_all_files_and_their_parity(exported: tuple[Path, str]) -> None:
     assert [name for name, _ in found] == names
     assert float(found[2][1]) < 1e-4
     assert all((folder / name).is_file() for name in names[1:])
+    assert "decisions that differ 0 of 8" in printed.splitlines()[-1]  # int8 spares the classifier
+    sizes = [(folder / name).stat().st_size for name in names[2:]]
+    assert sizes[0] > sizes[2] > sizes[1]  # most weights are the classifier's
     card = json.loads((folder / "card.json").read_text())
     assert card["largest_difference_of_map"]["model.onnx"] < 1e-4
     assert card["views"]["count"] == 3
