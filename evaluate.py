@@ -469,8 +469,9 @@ def repeatability(
             trainings[pairs.Training(name, k)] = network
     rows: scoring.Rows = []
     for label, build in track(subject.methods.items(), "Explaining", total=len(subject.methods)):
-        built = {training: build(network) for training, network in trainings.items()}
-        rows += pairs.pair_scores(label, subject.maps(built), subject.ids())
+        with scoring.named(label):
+            maps = subject.maps({key: build(network) for key, network in trainings.items()})
+        rows += pairs.pair_scores(label, maps, subject.ids())
     for label, by_architecture in (explainers or {}).items():
         learned = {
             pairs.Training(name, k): load_explainer(path).to(subject.device)
@@ -503,11 +504,7 @@ def quality(out: str = "runs/quality", smoothing: float = 0.0, **study: Any) -> 
                 maps.append(explainer.explain(image, views=subject.views, smoothing=smoothing))
             scores = judged.location_scores(maps[-1], batch)
             scores |= judged.faithfulness_scores(maps[-1], batch, subject.network)
-            for metric, values in scores.items():
-                rows += [
-                    {"id": i, "method": name, "metric": metric, "value": value}
-                    for i, value in zip(batch["id"], values.tolist(), strict=True)
-                ]
+            rows += scoring.long_form(batch["id"], scores, {"method": name})
         pixels.append(judged.pixels_of_all(name, maps, subject.batches))
     judged.write(subject.with_groups(rows), pd.concat(pixels), Path(out))
 

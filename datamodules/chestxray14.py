@@ -9,7 +9,7 @@ from typing import Literal
 
 import pandas as pd
 
-from datamodules.base import Augmentation, Loading, Record, Sample, split_by_seed
+from datamodules.base import Augmentation, Loading, Record, Sample, Split, split_by_seed
 from datamodules.decoded import Decoded, needed_csv
 from datamodules.images import Box
 
@@ -155,5 +155,5 @@ class ChestXray14(Decoded):
 
 def placed(record: Record, validation: set[str], tested: bool) -> Record:
     """The record in its split: validation by its patient, else test or training."""
-    split: Literal["train", "val", "test"] = "test" if tested else "train"
+    split: Split = "test" if tested else "train"
     return replace(record, split="val" if record.group in validation else split)

@@ -6,20 +6,27 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from skimage.draw import polygon2mask
 from torch import Tensor
 
-from datamodules.base import Augmentation, ImageDataModule, Loading, Record, Sample, data_root
+from datamodules.base import (
+    Augmentation,
+    ImageDataModule,
+    Loading,
+    Record,
+    Sample,
+    Split,
+    data_root,
+)
 from datamodules.decoded import needed_csv
 from datamodules.images import read_image, resize_image, resize_mask
 
 Polygon = Sequence[Sequence[float]]  # corners (x, y) in pixels of the image
 OUTLINED = {"Lung Opacity": "Airspace Opacity"}  # CheXpert's name: CheXlocalize's
-SPLITS = ("train", "val", "test")
 
 
 class Study(NamedTuple):
@@ -72,7 +79,7 @@ class CheXlocalize(ImageDataModule):
         self.feature_names = findings
 
     @cached_property
-    def studies(self) -> dict[str, dict[str, Study]]:
+    def studies(self) -> dict[Split, dict[str, Study]]:
         """Images by split and name, "patient64622_study1_view1_frontal"."""
         held = self.folder / "CheXpert"
         return {
@@ -94,11 +101,9 @@ class CheXlocalize(ImageDataModule):
 
     def records(self) -> list[Record]:
         """Every frontal image of the three tables."""
-        places: list[tuple[Literal["train", "val", "test"], dict[str, Study]]]
-        places = [(split, self.studies[split]) for split in ("train", "val", "test")]
         return [
             Record(name, study.label, split, study.patient)
-            for split, studies in places
+            for split, studies in self.studies.items()
             for name, study in studies.items()
         ]
 

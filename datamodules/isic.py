@@ -8,16 +8,20 @@ from typing import Literal
 
 import torch
 
-from datamodules.base import Augmentation, ImageDataModule, Loading, Record, Sample, data_root
+from datamodules.base import (
+    Augmentation,
+    ImageDataModule,
+    Loading,
+    Record,
+    Sample,
+    Split,
+    data_root,
+)
 from datamodules.decoded import needed_csv, read_csv
 from datamodules.images import read_image, read_mask, resize_image, resize_mask
 
 ATTRIBUTES = ("globules", "milia_like_cyst", "negative_network", "pigment_network", "streaks")
-PARTS: dict[str, Literal["train", "val", "test"]] = {
-    "Training": "train",
-    "Validation": "val",
-    "Test": "test",
-}
+PARTS: dict[str, Split] = {"Training": "train", "Validation": "val", "Test": "test"}
 
 
 class ISIC2018(ImageDataModule):
@@ -78,7 +82,7 @@ class ISIC2018(ImageDataModule):
         self.feature_names = ATTRIBUTES if task == "features" else ()
 
     @cached_property
-    def files(self) -> dict[str, tuple[Literal["train", "val", "test"], Path]]:
+    def files(self) -> dict[str, tuple[Split, Path]]:
         """Split and file of every image, by id."""
         number = "1-2" if self.task == "features" else "3"
         return {

@@ -38,7 +38,7 @@ class VinDrCXR(Decoded):
         folds: Number of folds.
 
     Raises:
-        ValueError: If a file is missing, or there is no such finding.
+        ValueError: If a file is missing, or there is no such finding or number of readers.
 
     Source: Nguyen et al., Scientific Data 9:429, 2022.
     """
@@ -58,6 +58,8 @@ class VinDrCXR(Decoded):
         folds: int = 5,
     ) -> None:
         super().__init__(folder, cache, loading, augmentation, seed, fold, folds)
+        if not 1 <= readers <= 3:
+            raise ValueError(f"readers must be 1 to 3, as many as read an image, got {readers}.")
         known = set(self.annotations["class_name"]) - {NONE}
         if unknown := sorted(set(findings or ()) - known):
             raise ValueError(f"findings name {unknown}; the tables have {sorted(known)}.")

@@ -226,7 +226,7 @@ def score_maps(
     return gathered(rows), cost
 
 
-def long_form(ids: Sequence[str], scores: Mapping[str, Tensor], row: dict[str, str]) -> Rows:
+def long_form(ids: Sequence[str], scores: Mapping[str, Tensor], row: Mapping[str, object]) -> Rows:
     """One line per image and metric."""
     return [
         {"id": name, **row, "metric": metric, "value": value}

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from explainers.evaluation.compare import long_form
 from explainers.evaluation.figures import png
 from explainers.evaluation.metrics.consistency import map_ssim, spearman
 from explainers.evaluation.statistics import intervals_by
@@ -43,12 +44,11 @@ def pair_scores(method: str, maps: Mapping[Training, Tensor], ids: Sequence[str]
         within = one.architecture == two.architecture
         facts = {"method": method, "pair": "within" if within else "between"}
         pair = {"first": str(one), "second": str(two)}
-        for metric, score in (("spearman", spearman), ("ssim", map_ssim)):
-            values = score(maps[one], maps[two]).tolist()
-            rows += [
-                {"id": i, **facts, **pair, "metric": metric, "value": value}
-                for i, value in zip(ids, values, strict=True)
-            ]
+        scores = {
+            "spearman": spearman(maps[one], maps[two]),
+            "ssim": map_ssim(maps[one], maps[two]),
+        }
+        rows += long_form(ids, scores, facts | pair)
     return rows
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from classifiers.network import Network
 from explainers.base import Explainer
+from explainers.evaluation.compare import long_form
 from explainers.evaluation.figures import curves
 from explainers.evaluation.metrics.consistency import map_ssim, spearman
 from explainers.evaluation.metrics.localisation import average_precision
@@ -89,12 +90,9 @@ def score_states(
             else:
                 target = originals[k][0]
                 maps = explainer.explain(image, target if keeps_target else None, views)
-            facts = {"method": name, "order": state.order, "step": state.step}
-            for metric, values in map_scores(originals[k][1], maps, mask).items():
-                rows += [
-                    {"id": i, **facts, "layers": state.layers, "metric": metric, "value": value}
-                    for i, value in zip(batch["id"], values.tolist(), strict=True)
-                ]
+            facts = {"method": name, **state._asdict()}
+            del facts["network"]
+            rows += long_form(batch["id"], map_scores(originals[k][1], maps, mask), facts)
     return rows
 
 

@@ -144,9 +144,11 @@ def explain_files(
         Lines of the pictures that could not be read.
 
     Raises:
-        ValueError: If the percentile is none, an input names nothing, or the folder holds what
-            another model or other settings gave.
+        ValueError: If the percentile or the batch size is none, an input names nothing, or the
+            folder holds what another model or other settings gave.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, but got {batch_size}.")
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be in [0, 100], but got {percentile}.")
     out.mkdir(parents=True, exist_ok=True)

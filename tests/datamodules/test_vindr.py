@@ -70,5 +70,7 @@ def test_boxes_become_masks(folder: Path) -> None:
 def test_unknown_findings_and_missing_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"findings name \['Mass'\]; the tables have \['Cardio"):
         VinDrCXR(str(folder), ("Mass",))
+    with pytest.raises(ValueError, match="readers must be 1 to 3, as many as read an image, got 4"):
+        VinDrCXR(str(folder), readers=4)
     with pytest.raises(ValueError, match=r"annotations_train\.csv .* is missing"):
         VinDrCXR(str(tmp_path / "nowhere"))

@@ -109,6 +109,8 @@ def test_an_interrupted_call_goes_on(folder: Path) -> None:
         explain_files(other, [str(folder / "in")], folder / "out")
     with pytest.raises(ValueError, match=r"results\.csv is of another model or other settings"):
         explain_files(stopping, [str(folder / "in")], folder / "out", percentile=90)
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, but got 0"):
+        explain_files(stopping, [str(folder / "in")], folder / "out", batch_size=0)
     with pytest.raises(ValueError, match=r"percentile must be in \[0, 100\], but got 101"):
         explain_files(stopping, [str(folder / "in")], folder / "out", percentile=101)
 
