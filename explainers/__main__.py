@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -119,12 +121,13 @@ def explain(
     batch_size: int = BATCH,
     percentile: float = 95.0,
     accelerator: str = "auto",
+    devices: int = 1,
 ) -> list[dict[str, str]]:
     """Explain image files by a checkpoint or an exported model; goes on where it was stopped.
 
-    Writes an overlay (PNG) and the map (NPY, at the picture's own size) of every picture, and
-    results.csv: decision, probabilities, peak and regions. What cannot be read is told there and
-    at the end.
+    Writes an overlay (PNG) and the map (NPY, at the picture's own size) of every picture, for DICOM
+    also a Secondary Capture and a Segmentation, and results.csv: decision, probabilities, peak and
+    regions. What cannot be read is told there and at the end.
 
     Args:
         model: Checkpoint of a Single, Duo or Adversarial, or an exported model (.onnx, .pt2) with
@@ -137,9 +140,10 @@ def explain(
         batch_size: Pictures at a time.
         percentile: Of the map's values, above which a region is told.
         accelerator: Where a checkpoint runs.
+        devices: Batches side by side, a checkpoint's each on a device of its own.
 
     Returns:
-        Lines of the pictures that could not be read.
+        Lines of the pictures that could not be read, or whose DICOM objects could not be written.
 
     Raises:
         ValueError: If the model or an input cannot be used.
@@ -147,12 +151,12 @@ def explain(
     from explainers.inference.explain import explain_files
 
     if Path(model).suffix not in (".onnx", ".pt2"):
-        opened = checkpoint_model(Path(model), size, views, smoothing, accelerator)
+        opened = checkpoint_model(Path(model), size, views, smoothing, accelerator, devices)
     elif size or views or smoothing:
         raise ValueError("an exported model has its own size, views and smoothing: leave them.")
     else:
         opened = exported_model(Path(model))
-    return explain_files(opened, inputs, Path(out), batch_size, percentile)
+    return explain_files(opened, inputs, Path(out), batch_size, percentile, devices)
 
 
 def exported_model(path: Path) -> Any:
@@ -169,7 +173,12 @@ def exported_model(path: Path) -> Any:
 
 
 def checkpoint_model(
-    path: Path, size: int | None, views: Views | None, smoothing: float, accelerator: str
+    path: Path,
+    size: int | None,
+    views: Views | None,
+    smoothing: float,
+    accelerator: str,
+    devices: int,
 ) -> Any:
     """A checkpoint as what answers."""
     from explainers.inference import Answer, Bundle
@@ -183,12 +192,20 @@ def checkpoint_model(
         raise ValueError(
             f"{config} tells no size: give that which {path} was trained on."
         ) from error
-    device = Fabric(accelerator=accelerator, devices=1).device
-    bundle = Bundle(explainer.network, explainer, (size, size), views, smoothing).to(device)
+    kind = Fabric(accelerator=accelerator, devices=1).device.type
+    bundle = Bundle(explainer.network, explainer, (size, size), views, smoothing)
+    free: SimpleQueue[tuple[Bundle, torch.device]] = SimpleQueue()
+    for k in range(devices):
+        place = torch.device(kind, k) if kind == "cuda" else torch.device(kind)
+        free.put((copy.deepcopy(bundle).to(place), place))
 
     def answer(image: Tensor) -> Answer:
-        with torch.no_grad():
-            return Answer(*(part.cpu() for part in bundle(image.to(device))))
+        bundle, place = free.get()
+        try:
+            with torch.no_grad():
+                return Answer(*(part.cpu() for part in bundle(image.to(place))))
+        finally:
+            free.put((bundle, place))
 
     settings = json.dumps([digest(path), size, asdict(views) if views else None, smoothing])
     names = explainer.network.class_names

@@ -26,6 +26,7 @@ def write_dicom(path: Path, image: NDArray[np.uint8], compressed: bool = False) 
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset = FileDataset(path, {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
     dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.1", "1.2.2"
     dataset.PhotometricInterpretation, dataset.SamplesPerPixel = "MONOCHROME2", 1
     dataset.Rows, dataset.Columns = image.shape
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7

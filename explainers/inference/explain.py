@@ -6,8 +6,9 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
-from itertools import islice
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,8 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.misc import is_dicom
 from rich.progress import Progress
-from skimage.measure import label, regionprops
+from skimage.measure import label as connected
+from skimage.measure import regionprops
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -51,10 +53,11 @@ class Model(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A picture: a file, and which of its frames where it has several."""
+    """A picture: a file, which of its frames where it has several, whether it is DICOM."""
 
     path: Path
     frame: int | None = None
+    dicom: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -111,27 +114,36 @@ def listed_files(table: Path) -> Iterator[Path]:
 
 def pictures_of(path: Path) -> list[Source]:
     """Every frame of a file; one for a file that cannot be read."""
-    frames = 1
+    frames, dicom = 1, False
     try:
         if path.suffix.lower() in {".tif", ".tiff"}:
             with Image.open(path, formats=["TIFF"]) as image:
                 frames = getattr(image, "n_frames", 1)
         elif path.suffix.lower() in {".dcm", ".dicom"} or is_dicom(path):
+            dicom = True
             frames = int(dcmread(path, stop_before_pixels=True).get("NumberOfFrames") or 1)
     except Exception:  # told with its reason where it is read
         frames = 1
-    return [Source(path, frame) for frame in range(frames)] if frames > 1 else [Source(path)]
+    if frames == 1:
+        return [Source(path, None, dicom)]
+    return [Source(path, frame, dicom) for frame in range(frames)]
 
 
 def explain_files(
-    model: Model, inputs: Iterable[str], out: Path, batch_size: int = 8, percentile: float = 95.0
+    model: Model,
+    inputs: Iterable[str],
+    out: Path,
+    batch_size: int = 8,
+    percentile: float = 95.0,
+    workers: int = 1,
 ) -> list[Row]:
     """Explain files; what an interrupted call finished is not done again.
 
     Writes, for each picture, <name>.png (the map over the image) and <name>.npy (Float32, height
     and width of the picture as shown), and its line in results.csv: image, frame, name, decision,
     p(class) of each, peak_x, peak_y, boxes (JSON: x0, y0, x1, y1 of the regions above the
-    percentile, the largest first), error.
+    percentile, the largest first), error. For DICOM also <name>_overlay.dcm (Secondary Capture) and
+    <name>_region.dcm (Segmentation of the pixels above the percentile).
 
     Args:
         model: What answers.
@@ -139,16 +151,19 @@ def explain_files(
         out: Folder, made if it is not there.
         batch_size: Pictures at a time.
         percentile: Of the map's values, above which a region is told.
+        workers: Batches side by side.
 
     Returns:
-        Lines of the pictures that could not be read.
+        Lines of the pictures that could not be read, or whose DICOM objects could not be written.
 
     Raises:
-        ValueError: If the percentile or the batch size is none, an input names nothing, or the
-            folder holds what another model or other settings gave.
+        ValueError: If the percentile, the batch size or the number of workers is none, an input
+            names nothing, the folder holds what another model or other settings gave, or DICOM
+            files are given without the extra that writes them.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, but got {batch_size}.")
+    for name, number in (("batch_size", batch_size), ("workers", workers)):
+        if number < 1:
+            raise ValueError(f"{name} must be 1 or more, but got {number}.")
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be in [0, 100], but got {percentile}.")
     out.mkdir(parents=True, exist_ok=True)
@@ -157,17 +172,23 @@ def explain_files(
     settings = json.dumps([columns, model.settings, percentile])
     done = finished(out / TABLE, columns, settings)
     every = [source for path in found_files(inputs) for source in pictures_of(path)]
-    left = iter([source for source in every if source.key not in done])
+    if any(source.dicom for source in every) and find_spec("highdicom") is None:
+        raise ValueError("DICOM files need the extra dicom: python -m pip install '.[dicom]'.")
+    left = [source for source in every if source.key not in done]
+    batches = [left[k : k + batch_size] for k in range(0, len(left), batch_size)]
     failed: list[Row] = []
-    with Progress() as progress, (out / TABLE).open("a", newline="", encoding="utf-8") as file:
-        task = progress.add_task("Explaining", total=len(every), completed=len(done))
+    with (
+        Progress() as progress,
+        ThreadPoolExecutor(workers) as pool,
+        (out / TABLE).open("a", newline="", encoding="utf-8") as file,
+    ):
+        task = progress.add_task("Explaining", total=len(every), completed=len(every) - len(left))
         writer = csv.DictWriter(file, columns, restval="")
-        while sources := list(islice(left, batch_size)):
-            for row in explained(model, sources, out, percentile):
-                writer.writerow(row)
-                failed += [row] if row.get("error") else []
+        for rows in pool.map(lambda batch: [*explained(model, batch, out, percentile)], batches):
+            writer.writerows(rows)
             file.flush()
-            progress.advance(task, len(sources))
+            failed += [row for row in rows if row.get("error")]
+            progress.advance(task, len(rows))
     return failed
 
 
@@ -212,8 +233,9 @@ def explained(
     for k, (source, image) in enumerate(read):
         size = (image.shape[1], image.shape[2])
         heat = interpolate(answer.map[k][None, None], size, mode="bilinear")[0, 0].numpy()
+        shown = overlay(image, heat)
         np.save(out / f"{source.name}.npy", heat)
-        Image.fromarray(overlay(image, heat)).save(out / f"{source.name}.png")
+        Image.fromarray(shown).save(out / f"{source.name}.png")
         row, column = np.unravel_index(int(heat.argmax()), heat.shape)
         shares = zip(model.class_names, answer.probability[k].tolist(), strict=True)
         yield {
@@ -225,8 +247,32 @@ def explained(
             "peak_x": str(column),
             "peak_y": str(row),
             "boxes": json.dumps(region_boxes(heat, percentile)),
-            "error": "",
+            "error": dicom_objects(model, source, shown, heat, out, percentile),
         }
+
+
+def dicom_objects(
+    model: Model,
+    source: Source,
+    shown: NDArray[np.uint8],
+    heat: NDArray[np.float32],
+    out: Path,
+    percentile: float,
+) -> str:
+    """Write the objects of a DICOM picture; what kept them from being written, or nothing."""
+    if not source.dicom:
+        return ""
+    from explainers.inference.dicom import write_objects
+
+    region = heat > np.percentile(heat, percentile)
+    label = f"above percentile {percentile:g}"
+    settings = json.dumps([model.settings, percentile])
+    try:
+        write_objects(source.path, source.frame, shown, region, label, settings, out / source.name)
+    except Exception as error:  # of headers that say what highdicom does not expect
+        reason = " ".join(str(error).split()).rstrip(".")
+        return f"DICOM objects of {source.path} cannot be written: {reason}."
+    return ""
 
 
 def overlay(
@@ -246,6 +292,6 @@ def overlay(
 
 def region_boxes(heat: NDArray[np.float32], percentile: float) -> list[list[int]]:
     """x0, y0, x1, y1 (half-open, pixels) of the regions above a percentile, the largest first."""
-    regions = regionprops(label(heat > np.percentile(heat, percentile)))
+    regions = regionprops(connected(heat > np.percentile(heat, percentile)))
     regions.sort(key=lambda region: -region.area)
     return [[region.bbox[i] for i in (1, 0, 3, 2)] for region in regions]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from files import write_dicom, write_image
 from PIL import Image
+from pydicom import dcmread
 from torch import Tensor
 
 from datamodules.base import data_root
@@ -81,6 +82,41 @@ def test_every_kind_of_file_and_what_cannot_be_read(folder: Path) -> None:
     assert picture[10, 40].sum() > picture[0, 0].sum()
 
 
+def test_dicom_objects_are_written_or_missed_aloud(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, out = folder / "in", folder / "out"
+    write_dicom(inside / "spot.dcm", np.asarray(Image.open(inside / "spot.png")))
+    lost = dcmread(inside / "below" / "film.dcm")
+    del lost.StudyInstanceUID
+    lost.save_as(inside / "lost.dcm")
+    failed = explain_files(MODEL, [str(inside)], out)
+    reason = "belongs to no study, for want of StudyInstanceUID."
+    assert [row["error"] for row in failed if row["error"].endswith(reason)] == [
+        f"DICOM objects of {inside / 'lost.dcm'} cannot be written: it {reason}"
+    ]
+    rows = {Path(row["image"]).name: row for row in table(folder)}
+    assert rows["lost.dcm"]["decision"] == "ill"
+    heat = np.load(out / f"{rows['spot.dcm']['name']}.npy")
+    region = dcmread(out / f"{rows['spot.dcm']['name']}_region.dcm")
+    assert region.pixel_array.any()
+    assert ((region.pixel_array > 0) == (heat > np.percentile(heat, 95))).all()
+    assert len([*out.glob("*_overlay.dcm")]) == 3
+    monkeypatch.setattr("explainers.inference.explain.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="DICOM files need the extra dicom"):
+        explain_files(MODEL, [str(inside)], out)
+
+
+def test_batches_side_by_side_give_the_same_table(folder: Path) -> None:
+    explain_files(MODEL, [str(folder / "in")], folder / "out", batch_size=1)
+    one = table(folder)
+    explain_files(MODEL, [str(folder / "in")], folder / "two", batch_size=1, workers=2)
+    with (folder / "two" / "results.csv").open(newline="") as file:
+        assert [*csv.DictReader(file)] == one
+    with pytest.raises(ValueError, match="workers must be 1 or more, but got 0"):
+        explain_files(MODEL, [str(folder / "in")], folder / "three", workers=0)
+
+
 def test_an_interrupted_call_goes_on(folder: Path) -> None:
     calls: list[int] = []
 
@@ -94,13 +130,13 @@ def test_an_interrupted_call_goes_on(folder: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         explain_files(stopping, [str(folder / "in")], folder / "out", batch_size=2)
     results = folder / "out" / "results.csv"
-    kept = len(table(folder))
+    kept, before = len(table(folder)), len(calls)
     with results.open("a") as file:
         file.write("torn,li")  # a line that was being written
     explain_files(stopping, [str(folder / "in")], folder / "out", batch_size=2)
     rows = [(row["image"], row["frame"]) for row in table(folder)]
     assert len(rows) == len(set(rows)) == 6
-    assert sum(calls[2:]) == 5 - sum(1 for row in table(folder)[:kept] if not row["error"])
+    assert sum(calls[before:]) == 5 - sum(1 for row in table(folder)[:kept] if not row["error"])
     again = len(calls)
     assert len(explain_files(stopping, [str(folder / "in")], folder / "out")) == 1  # tried again
     assert len(calls) == again
