@@ -44,6 +44,7 @@ from explainers.evaluation import quality as judged
 from explainers.evaluation import repeatability as pairs
 from explainers.evaluation import sanity as checks
 from explainers.evaluation import thresholds as cuts
+from explainers.evaluation.explorer import Case, explorer, scores_of
 from explainers.evaluation.finished import Finished
 from explainers.evaluation.results import Results
 from explainers.evaluation.statistics import Row
@@ -54,6 +55,7 @@ from explainers.views import Views
 from train import plainly, wandb_mode
 
 Method = Callable[[Network], Explainer]
+GALLERY = 8  # rows of pictures on a page; the explorer shows the others
 
 
 def compare(
@@ -90,7 +92,7 @@ def compare(
             annotated ones they are scored on.
         reference: Method whose best row the others are held against, beside the best control's.
         out: Folder that everything is written to.
-        pictured: Images on the page.
+        pictured: Annotated images in the page's explorer, the first of them as a gallery too.
         seed: Of everything that draws.
         devices: Processes.
         accelerator: Where they run.
@@ -133,8 +135,8 @@ def compare(
             "Device": f"{fabric.device}, batches of {data.loading.batch_size}, seed {seed}",
             "Checkpoints": ", ".join(f"{name}: {path}" for name, path in sources.items()),
         }
-        gallery = pictured_images(entries, results.costs, data, protocol, pictured, fabric.device)
-        write_page(Path(out), results, shown, protocol, type(data).__name__, facts, gallery)
+        cases = pictured_images(entries, results, data, protocol, pictured, fabric.device)
+        write_page(Path(out), results, shown, protocol, type(data).__name__, facts, cases)
         if logging == "wandb":
             log_to_wandb(Path(out), shown)
 
@@ -146,9 +148,9 @@ def write_page(
     protocol: scoring.Protocol,
     data: str,
     facts: Mapping[str, str],
-    gallery: Mapping[str, Sequence[report.Picture]],
+    cases: Sequence[Case],
 ) -> None:
-    """Write report.html: the protocol and other facts, the tables, the plots and the pictures."""
+    """Write report.html: protocol and other facts, tables, plots, explorer and pictures."""
     masked = results.scores.query("metric == 'average_precision'")["id"].nunique()
     known = {
         "Data": f"{data}, {protocol.split} split, {len(results.images)} images, {masked} with a "
@@ -157,7 +159,9 @@ def write_page(
         "Smoothing": f"chosen on the validation split from {list(protocol.smoothing)}",
     }
     plots = {path.stem: path.read_bytes() for path in sorted(out.glob("*.png"))}
-    page = report.html_page("Explainers compared", {**known, **facts}, shown, gallery, plots)
+    title, told = "Explainers compared", {**known, **facts}
+    gallery = report.gallery_of(cases[:GALLERY])
+    page = report.html_page(title, told, shown, gallery, plots, explorer(cases))
     (out / "report.html").write_text(page)
 
 
@@ -726,43 +730,59 @@ def score(
 
 def pictured_images(
     entries: Sequence[scoring.Entry],
-    costs: pd.DataFrame,
+    results: Results,
     data: ImageDataModule,
     protocol: scoring.Protocol,
     count: int,
     device: torch.device,
-) -> dict[str, list[report.Picture]]:
+) -> list[Case]:
     """The first annotated images with the smoothed map of every method, controls left out.
 
     Methods with a limit are too slow for views here.
     """
-    sigma = costs.set_index(["method", "views"])["sigma"]
-    gallery: dict[str, list[report.Picture]] = {}
+    sigma = results.costs.set_index(["method", "views"])["sigma"]
+    known = results.images.set_index("id")
+    cases: list[Case] = []
     for batch in data.loader(protocol.split):
-        chosen = batch["has_mask"].nonzero().flatten()[: count - len(gallery)]
+        chosen = batch["has_mask"].nonzero().flatten()[: count - len(cases)]
         if not len(chosen):
             continue
-        image, mask = batch["image"][chosen].to(device), batch["mask"][chosen]
-        columns = {"image": pictures.outlined(pictures.rgb(image), mask)}
+        image = batch["image"][chosen].to(device)
+        maps: dict[str, Tensor] = {}
+        generated: dict[str, Sequence[Tensor]] = {}
+        forms: dict[str, str] = {}
         for entry in entries:
             if entry.control:
                 continue
             if isinstance(entry.explainer, LearnedExplainer):
                 with torch.inference_mode():
-                    generated = entry.explainer.eval()(image)
-                names = (f"{entry.name}: similar", f"{entry.name}: adversarial")
-                columns |= dict(zip(names, map(pictures.rgb, generated), strict=True))
+                    generated[entry.name] = [*map(pictures.rgb, entry.explainer.eval()(image))]
             shown = None if entry.name in protocol.limits else protocol.variants()[-1]
-            smoothing = sigma[entry.name, "views" if shown else "plain"]
+            forms[entry.name] = "views" if shown else "plain"
+            smoothing = sigma[entry.name, forms[entry.name]]
             raw = entry.explainer.explain(image, views=shown, smoothing=smoothing)
-            columns[entry.name] = pictures.heat(raw)
-            columns[f"{entry.name}, top 5 %"] = pictures.outlined(pictures.tinted(image, raw), mask)
+            maps[entry.name] = raw.detach().float().cpu()
         for k, index in enumerate(chosen.tolist()):
-            label = f"{batch['id'][index]} ({data.class_names[int(batch['label'][index])]})"
-            gallery[label] = [report.Picture(name, part[k]) for name, part in columns.items()]
-        if len(gallery) >= count:
+            name = batch["id"][index]
+            cases.append(
+                Case(
+                    name,
+                    known.loc[name].map(readable).to_dict(),
+                    pictures.rgb(image)[k],
+                    batch["mask"][index],
+                    {method: one[k] for method, one in maps.items()},
+                    {method: (pair[0][k], pair[1][k]) for method, pair in generated.items()},
+                    scores_of(results.scores.query("id == @name"), forms),
+                )
+            )
+        if len(cases) >= count:
             break
-    return gallery
+    return cases
+
+
+def readable(value: object) -> str:
+    """A fact of an image as text: probabilities with three decimals."""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def progress_bar() -> Progress:

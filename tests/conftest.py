@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page, sync_playwright
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
 
 PHANTOM = """
 model: {model}
@@ -101,3 +106,20 @@ def phantom_single(
     preset.write_text(PHANTOM.format(model=SINGLE.format(network=phantom_classifier)) + CALLBACKS)
     train("fit", "-c", preset, "--out", folder, "--logging", "wandb")
     return folder / "best.ckpt"
+
+
+@pytest.fixture
+def browser() -> Iterator[Page]:
+    """An empty page; what the page complains of fails the test."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    told: list[str] = []
+    with sync_playwright() as playwright:
+        # a sandbox needs rights that a container lacks; the pages are our own
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 1200, "height": 900})
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        yield page
+        chromium.close()
+    assert told == []

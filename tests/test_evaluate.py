@@ -200,7 +200,12 @@ def test_page_stands_alone_and_shows_pictures(results: Path) -> None:
         prefix, data = str(image["src"]).split(",", 1)
         assert prefix == "data:image/png;base64"
         assert Image.open(BytesIO(base64.b64decode(data))).width >= 160
-    assert not page.find_all(["script", "link"])
+    assert not page.find_all("link")
+    assert not page.find_all(src=re.compile("^(?!data:)"))
+    assert len(page.find_all("script", class_="x-packed")) == 2
+    index = json.loads(page.find("script", id="x-index").text)
+    assert index["methods"] == ["Single", "Gradient", "Grad-CAM"]
+    assert all(set(one["scores"]["Grad-CAM"]) >= {"average_precision"} for one in index["cases"])
     cells = [cell.text for cell in page.find_all("td")]
     assert "Grad-CAM" in cells
     assert "Mean training mask" in cells

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from jinja2 import Environment
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
+
+from explainers.evaluation import pictures
+from explainers.evaluation.explorer import Case
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ dt { font-weight: 600 } dd { margin: 0 0 .4rem 0; overflow-wrap: anywhere }
 {% endfor %}</table></div>{% endfor %}
 {% if plots %}<h2>Plots</h2>{% for name, uri in plots.items() %}
 <img class="plot" alt="{{ name }}" src="{{ uri }}">{% endfor %}{% endif %}
+{% if explorer %}<h2>Explorer</h2>{{ explorer }}{% endif %}
 <h2>Pictures</h2>
 <p>Outline: the annotated evidence. Tinted: the pixels at or above the map's 95th percentile.</p>
 {% for name, pictures in gallery.items() %}<h3>{{ name }}</h3><div class="row">
@@ -73,11 +79,33 @@ def html_page(
     tables: Mapping[str, pd.DataFrame],
     gallery: Mapping[str, Sequence[Picture]],
     plots: Mapping[str, bytes] | None = None,
+    explorer: Markup | None = None,
 ) -> str:
     """One self-contained HTML page; every text is escaped, plots are PNG files."""
     template = Environment(autoescape=True).from_string(PAGE)
     uris = {name: png_uri(content) for name, content in (plots or {}).items()}
-    return template.render(title=title, facts=facts, tables=tables, gallery=gallery, plots=uris)
+    return template.render(
+        title=title, facts=facts, tables=tables, gallery=gallery, plots=uris, explorer=explorer
+    )
+
+
+def gallery_of(cases: Iterable[Case]) -> dict[str, list[Picture]]:
+    """Image, similar and adversarial images, maps and their top 5 % in a row for each case."""
+    gallery: dict[str, list[Picture]] = {}
+    for case in cases:
+        image, mask = case.image[None], torch.as_tensor(case.mask)[None]
+        columns = {"image": pictures.outlined(image, mask)}
+        for name, one in case.maps.items():
+            if name in case.generated:
+                similar, adversarial = case.generated[name]
+                columns[f"{name}: similar"] = similar[None]
+                columns[f"{name}: adversarial"] = adversarial[None]
+            columns[name] = pictures.heat(one[None])
+            top = pictures.tinted(image, one[None])
+            columns[f"{name}, top 5 %"] = pictures.outlined(top, mask)
+        label = f"{case.name} ({case.facts['label']})"
+        gallery[label] = [Picture(name, part[0]) for name, part in columns.items()]
+    return gallery
 
 
 def png_uri(content: bytes) -> str:
