@@ -1,4 +1,4 @@
-"""Take an explainer out of the lab: ``python -m explainers export`` and ``explain``."""
+"""Take an explainer out of the lab: ``python -m explainers export``, ``explain``, ``serve``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from datamodules.base import ImageDataModule
 from explainers.evaluation.metrics.localisation import average_precision
@@ -28,6 +29,7 @@ from explainers.views import Views
 TOLERANCE = 1e-4  # of a map against the checkpoint's
 EXACT = ("model.pt2", "model.onnx")  # the others trade exactness for size and speed
 BATCH = 8
+SHOWN = 768  # longest side of a picture on the served page, pixels
 
 
 def export(
@@ -150,13 +152,97 @@ def explain(
     """
     from explainers.inference.explain import explain_files
 
-    if Path(model).suffix not in (".onnx", ".pt2"):
-        opened = checkpoint_model(Path(model), size, views, smoothing, accelerator, devices)
-    elif size or views or smoothing:
-        raise ValueError("an exported model has its own size, views and smoothing: leave them.")
-    else:
-        opened = exported_model(Path(model))
+    opened = opened_model(model, size, views, smoothing, accelerator, devices)
     return explain_files(opened, inputs, Path(out), batch_size, percentile, devices)
+
+
+def serve(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    size: int | None = None,
+    views: Views | None = None,
+    smoothing: float = 0.0,
+    accelerator: str = "auto",
+    megabytes: float = 64.0,
+) -> None:
+    """Open a local page on which one drops an image or DICOM file and explores its map.
+
+    Args:
+        model: As in explain.
+        host: Address to listen at: this machine alone by default. There is no password: whoever
+            reaches another address may explain.
+        port: Of the page.
+        size: As in explain.
+        views: As in explain.
+        smoothing: As in explain.
+        accelerator: As in explain.
+        megabytes: Largest file.
+
+    Raises:
+        ValueError: If the model cannot be used.
+    """
+    import uvicorn
+
+    from explainers.inference.serve import LOCAL
+
+    opened = opened_model(model, size, views, smoothing, accelerator)
+    title = f"{Path(model).name}: {', '.join(opened.class_names)}"
+    app = page_of(opened, title, int(megabytes * 2**20), (*LOCAL, host))
+    print(f"http://{host}:{port} explains; Ctrl-C ends it.")
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+def page_of(model: Any, title: str, limit: int, hosts: tuple[str, ...]) -> Any:
+    """The served page of a model."""
+    from datamodules.images import read_image, resize_image
+    from explainers.evaluation import explorer
+    from explainers.evaluation.metrics import set_range
+    from explainers.inference.serve import application
+
+    def explained(path: Path, frame: int | None) -> dict[str, Any]:
+        image = read_image(path, model.channels, frame)
+        answer = model.answer(resize_image(image, model.size)[None])
+        shown = shrunk(image, SHOWN)
+        similar, adversarial, heat = (
+            interpolate(one, shown.shape[1:], mode="bilinear")[0]
+            for one in (answer.similar, answer.adversarial, answer.map[:, None])
+        )
+        shares = zip(model.class_names, answer.probability[0].tolist(), strict=True)
+        facts = {"decision": model.class_names[int(answer.decision[0])]}
+        facts |= {f"p({name})": f"{share:.3f}" for name, share in shares}
+        pair = similar.expand(3, -1, -1), adversarial.expand(3, -1, -1)
+        case = explorer.Case(
+            "", facts, shown.expand(3, -1, -1), None, {"map": heat[0]}, {"map": pair}
+        )
+        ranges = [set_range([heat])]
+        return {"facts": facts, "data": explorer.content_of(case), "ranges": ranges}
+
+    index = {"methods": ["map"], "ranges": [[0, 1]], "cases": []}
+    return application(explained, explorer.section(index), title, limit, hosts)
+
+
+def shrunk(image: Tensor, side: int) -> Tensor:
+    """An image (c, h, w) whose longer side is at most ``side`` pixels."""
+    scale = min(1.0, side / max(image.shape[1:]))
+    size = [max(1, round(length * scale)) for length in image.shape[1:]]
+    return interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def opened_model(
+    model: str,
+    size: int | None,
+    views: Views | None,
+    smoothing: float,
+    accelerator: str,
+    devices: int = 1,
+) -> Any:
+    """A checkpoint or an exported file as what answers."""
+    if Path(model).suffix not in (".onnx", ".pt2"):
+        return checkpoint_model(Path(model), size, views, smoothing, accelerator, devices)
+    if size or views or smoothing:
+        raise ValueError("an exported model has its own size, views and smoothing: leave them.")
+    return exported_model(Path(model))
 
 
 def exported_model(path: Path) -> Any:
@@ -270,9 +356,15 @@ def main(arguments: list[str] | None = None) -> None:
     explaining.add_argument("-o", "--out", default="runs/explained", help="folder to write to")
     explaining.add_function_arguments(explain, skip={"model", "inputs", "out"})
     commands.add_subcommand("explain", explaining)
+    serving = ArgumentParser(description=serve.__doc__)
+    serving.add_argument("model", help="checkpoint, or model.onnx with its card.json")
+    serving.add_function_arguments(serve, skip={"model"})
+    commands.add_subcommand("serve", serving)
     parsed = parser.instantiate(parser.parse_args(arguments))
     if parsed.subcommand == "export":
         export(**vars(parsed.export))
+    elif parsed.subcommand == "serve":
+        serve(**vars(parsed.serve))
     elif failed := explain(**vars(parsed.explain)):
         for row in failed:
             print(row["error"])

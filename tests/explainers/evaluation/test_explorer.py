@@ -6,12 +6,12 @@ import base64
 import json
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from playwright.sync_api import Page
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -29,9 +29,6 @@ from explainers.evaluation.metrics import (
     tiles,
 )
 from explainers.evaluation.report import gallery_of, html_page
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Page
 
 HEIGHT, WIDTH, TILE = 20, 28, 8
 HOSTILE = "</script><script>alert(1)</script><b>"
