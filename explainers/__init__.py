@@ -1,6 +1,6 @@
 """Visual explanations of image classifiers: learned, attributed, evaluated."""
 
-from explainers.base import Explainer
+from explainers.base import Explainer, quantus_function
 from explainers.learned import (
     Adversarial,
     CyCE,
@@ -26,4 +26,5 @@ __all__ = [
     "Views",
     "Weights",
     "load_explainer",
+    "quantus_function",
 ]

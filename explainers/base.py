@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from classifiers.network import Network
@@ -64,6 +67,37 @@ class Explainer(ABC):
             self.check_target(target, decision)
             maps = average_over_views(self.saliency, image, target, views)
             return smooth(maps, smoothing)
+
+    def attribute(
+        self, inputs: Float[Tensor, "b c h w"], target: Int64[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b 1 h w"]:
+        """The plain map under the name and in the shape that Captum's methods have."""
+        return self.explain(inputs, target)[:, None]
+
+
+def quantus_function(
+    build: Callable[[Network], Explainer],
+) -> Callable[..., Float32[np.ndarray, "b 1 h w"]]:
+    """What Quantus calls as ``explain_func``.
+
+    Args:
+        build: An explainer of the classifier that Quantus hands over, changed in its randomisation
+            checks: `GradCAM`, or ``lambda network: explainer`` for a learned one with its own.
+
+    Returns:
+        Function of model, inputs (b, c, h, w) and targets (b), arrays; other keywords are not used.
+    """
+
+    def explained(
+        model: Network, inputs: NDArray[Any], targets: NDArray[Any], **_: object
+    ) -> Float32[np.ndarray, "b 1 h w"]:
+        device = model.mean.device
+        images = torch.as_tensor(inputs, dtype=torch.float32, device=device)
+        classes = torch.as_tensor(targets, dtype=torch.int64, device=device)
+        maps: NDArray[np.float32] = build(model).attribute(images, classes).float().cpu().numpy()
+        return maps
+
+    return explained
 
 
 @contextmanager

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from classifiers.network import Network
-from explainers.base import Explainer, untouched
+from explainers.base import Explainer, quantus_function, untouched
 from explainers.views import Views, average_over_views, smooth
 
 
@@ -170,3 +171,21 @@ def test_an_explainer_must_give_saliency() -> None:
 
     with pytest.raises(TypeError, match="saliency"):
         Nothing()  # type: ignore[abstract]
+
+
+def test_attribute_has_the_shape_of_captum() -> None:
+    explainer = Recorder(network(2))
+    target = torch.tensor([1, 0, 1])
+    assert_close(explainer.attribute(images(), target)[:, 0], explainer.explain(images(), target))
+
+
+def test_a_quantus_function_explains_the_network_that_it_is_given() -> None:
+    call = quantus_function(Recorder)
+    first, second = network(2), network(2)
+    torch.nn.init.normal_(next(second.backbone.parameters()))
+    targets = np.array([1, 0, 1])
+    for one in (first, second):
+        found = call(model=one, inputs=images().numpy(), targets=targets, device="cpu")
+        expected = Recorder(one).explain(images(), torch.from_numpy(targets))
+        assert_close(torch.from_numpy(found)[:, 0], expected)
+    assert not np.allclose(found, call(first, images().numpy(), targets))
