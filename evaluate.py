@@ -26,6 +26,7 @@ from rich.progress import (
 )
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import to_pil_image
 
 from classifiers import Classifier, Network, Optimisation, load_network
 from classifiers.fitting import fit_by_heart
@@ -51,8 +52,9 @@ from explainers.evaluation.statistics import Row
 from explainers.evaluation.tables import long_table
 from explainers.evaluation.thresholds import Sweep
 from explainers.learned import LearnedExplainer, load_explainer
+from explainers.tracking import declare_inputs, log_files, wandb_mode
 from explainers.views import Views
-from train import plainly, wandb_mode
+from train import plainly
 
 Method = Callable[[Network], Explainer]
 GALLERY = 8  # rows of pictures on a page; the explorer shows the others
@@ -138,7 +140,7 @@ def compare(
         cases = pictured_images(entries, results, data, protocol, pictured, fabric.device)
         write_page(Path(out), results, shown, protocol, type(data).__name__, facts, cases)
         if logging == "wandb":
-            log_to_wandb(Path(out), shown)
+            log_to_wandb(Path(out), shown, sources.values(), cases)
 
 
 def write_page(
@@ -165,13 +167,42 @@ def write_page(
     (out / "report.html").write_text(page)
 
 
-def log_to_wandb(out: Path, shown: Mapping[str, pd.DataFrame]) -> None:
-    """Log the tables and plots of a folder of results as a run of their own."""
+def log_to_wandb(
+    out: Path,
+    shown: Mapping[str, pd.DataFrame],
+    sources: Iterable[str] = (),
+    cases: Sequence[Case] = (),
+) -> None:
+    """Log a folder of results as a run of its own.
+
+    Args:
+        out: Folder; its page, tables and plots become an artifact.
+        shown: Tables.
+        sources: Checkpoints that the results are of: the run's lineage.
+        cases: Images whose maps are logged as a table.
+    """
     tables = {**shown, "Long form": pd.read_csv(out / "table.csv")}
     name = "/".join(out.parts[-2:])
     with wandb.init(project="simadv", name=name, dir=out, mode=wandb_mode()) as run:
+        declare_inputs(run, sources)
         run.log({key: wandb.Table(dataframe=table) for key, table in tables.items()})
         run.log({path.stem: wandb.Image(path) for path in sorted(out.glob("*.png"))})
+        if cases:
+            run.log({"Maps": map_table(cases)})
+        left = [out / "report.html", *sorted(out.glob("table.*")), *sorted(out.glob("*.png"))]
+        log_files(run, name, "report", [path for path in left if path.exists()])
+
+
+def map_table(cases: Sequence[Case]) -> wandb.Table:
+    """A line for each image: what is known of it, the outlined image, the map of every method."""
+    rows: list[Iterable[Any]] = []
+    for case in cases:
+        image = pictures.outlined(case.image[None], torch.as_tensor(case.mask)[None])
+        columns = [image, *(pictures.heat(one[None]) for one in case.maps.values())]
+        known = case.facts["label"], case.facts["decision"]
+        rows.append([case.name, *known, *(wandb.Image(to_pil_image(one[0])) for one in columns)])
+    names: list[str | int] = ["id", "label", "decision", "image", *cases[0].maps]
+    return wandb.Table(names, rows)
 
 
 def pool(

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
-import wandb
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -21,6 +19,7 @@ import datamodules  # noqa: F401
 import explainers  # noqa: F401
 from classifiers.memory import keep_freed_memory
 from datamodules.base import ImageDataModule
+from explainers.tracking import declare_inputs, wandb_mode
 
 
 class LoggedConfig(SaveConfigCallback):
@@ -109,6 +108,13 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = build_loggers(config.logging, folder, resumed)
         return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
+        """Tell W&B which classifier an explainer is trained for."""
+        network = self.config.fit.model.get("init_args", {}).get("network")
+        for logger in self.trainer.loggers if isinstance(network, str) else ():
+            if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
+                declare_inputs(logger.experiment, [network])
+
 
 def build_loggers(kind: str, folder: str, resumed: bool = False) -> list[Logger]:
     """Loggers by name, all writing under ``folder``.
@@ -128,12 +134,6 @@ def build_loggers(kind: str, folder: str, resumed: bool = False) -> list[Logger]
         wandb_logger = WandbLogger(name, folder, project="simadv", log_model=True, mode=mode)
         loggers.append(wandb_logger)
     return loggers
-
-
-def wandb_mode() -> Literal["offline"] | None:
-    """W&B's own choice (None) where WANDB_MODE or a key is there, else "offline"."""
-    known = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
-    return None if known else "offline"
 
 
 def main(args: list[str] | None = None) -> TrainCLI:

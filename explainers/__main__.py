@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import wandb
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
@@ -24,6 +25,7 @@ from datamodules.base import ImageDataModule
 from explainers.evaluation.metrics.localisation import average_precision
 from explainers.learned import load_explainer
 from explainers.learned.similar_adversarial import SimilarAdversarial
+from explainers.tracking import declare_inputs, log_files, wandb_mode
 from explainers.views import Views
 
 TOLERANCE = 1e-4  # of a map against the checkpoint's
@@ -39,6 +41,7 @@ def export(
     views: Views | None = None,
     smoothing: float = 0.0,
     images: int = 64,
+    logging: Literal["off", "wandb"] = "off",
 ) -> None:
     """Write a learned explainer with its classifier as .pt2 and ONNX (fp32, fp16, int8).
 
@@ -54,6 +57,7 @@ def export(
         views: Geometric views that the map is averaged over; none by default.
         smoothing: Sigma of a Gaussian over the map, share of the image side; 0 is off.
         images: Most images of either split that are looked at.
+        logging: wandb keeps the files as an artifact of a run, offline without a key.
 
     Raises:
         ValueError: If the explainer cannot be exported.
@@ -111,6 +115,11 @@ def export(
     generator = {"class": type(explainer).__name__, **explainer.arguments()}
     content = card.card(Path(checkpoint), explainer.network.recipe, generator, facts)
     card.write_card(json.loads(json.dumps(content)), folder)
+    if logging == "wandb":
+        left = [*paths, folder / "card.json", folder / "card.md"]
+        with wandb.init(project="simadv", name=folder.name, dir=out, mode=wandb_mode()) as run:
+            declare_inputs(run, [checkpoint])
+            log_files(run, folder.name, "exported-model", left)
 
 
 def explain(

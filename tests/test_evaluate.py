@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 import torch
 import yaml
 from bs4 import BeautifulSoup
+from offline import wandb_records
 from PIL import Image
 
 import evaluate
@@ -29,6 +31,7 @@ from datamodules.summary import connected_boxes
 from explainers import Views, load_explainer
 from explainers.attribution import GradCAM, Gradient, SmoothGrad
 from explainers.evaluation import compare as scoring
+from explainers.evaluation.explorer import Case
 from explainers.evaluation.finished import Finished, source_of
 from explainers.evaluation.metrics import localisation_scores, min_max
 from explainers.evaluation.results import Results
@@ -460,6 +463,27 @@ def test_tables_and_plots_in_wandb(results: Path, tmp_path: Path) -> None:
     assert len(content["data"]) == len(pd.read_csv(tmp_path / "table.csv"))
     plots = {path.name.rsplit("_", 2)[0] for path in (logged / "images").iterdir()}
     assert plots == {path.stem for path in tmp_path.glob("*.png")}
+
+
+def test_maps_and_the_report_in_wandb(results: Path, tmp_path: Path) -> None:
+    for name in ("report.html", "table.csv"):
+        shutil.copy(results / name, tmp_path)
+    image, mask = torch.rand(3, 8, 8), torch.ones(8, 8, dtype=torch.bool)
+    facts = {"label": "ill", "decision": "well"}
+    case = Case("scan", facts, image, mask, {"Single": image[0]}, {}, {})
+    evaluate.log_to_wandb(tmp_path, {}, [str(results / "nowhere.ckpt")], [case])
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (maps,) = log.parent.glob("files/media/table/Maps*")
+    content = json.loads(maps.read_text())
+    assert content["columns"] == ["id", "label", "decision", "image", "Single"]
+    assert content["data"][0][:3] == ["scan", "ill", "well"]
+    artifacts = [
+        r.artifact for r in wandb_records(log) if r.WhichOneof("record_type") == "artifact"
+    ]
+    held = {one.type: [entry.path for entry in one.manifest.contents] for one in artifacts}
+    assert held["report"] == ["report.html", "table.csv"]
+    pictures = [path for path in held["run_table"] if path.endswith(".png")]
+    assert len(pictures) == 2
 
 
 @pytest.mark.parametrize(

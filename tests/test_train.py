@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from offline import wandb_records
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
@@ -25,7 +26,7 @@ from torchvision.io import read_image
 
 from classifiers import load_network
 from explainers import Single, load_explainer
-from train import build_loggers, plainly, wandb_mode
+from train import build_loggers, plainly
 
 ROOT = Path(__file__).parent.parent
 Train = Callable[..., None]
@@ -163,24 +164,6 @@ def test_tensorboard_read_back(train: Train, phantom_single: Path, tmp_path: Pat
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def wandb_records(path: Path) -> Iterator[Any]:
-    """Records of an offline run: LevelDB's log format after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    content, at, parts = path.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        left = 2**15 - at % 2**15
-        if left < 7:  # the end of a block is padded
-            at += left
-            continue
-        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        parts += content[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(parts)  # type: ignore[attr-defined]
-            parts = b""
-
-
 def test_offline_wandb_run_read_back(phantom_single: Path) -> None:
     (file,) = phantom_single.parent.glob("wandb/offline-run-*/*.wandb")
     records = list(wandb_records(file))
@@ -209,15 +192,6 @@ def test_offline_wandb_run_read_back(phantom_single: Path) -> None:
     assert "best" in {alias for artifact in artifacts for alias in artifact.aliases}
     assert {entry.path for entry in stored} == {"model.ckpt"}
     assert phantom_single.stat().st_size in {entry.size for entry in stored}
-
-
-def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wandb_mode() is None  # WANDB_MODE is set in all tests
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr("wandb.login", lambda prompt, verify: False)
-    assert wandb_mode() == "offline"
-    monkeypatch.setattr("wandb.login", lambda prompt, verify: True)
-    assert wandb_mode() is None
 
 
 def two_processes(config: Path, command: str, out: Path, *more: object) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from offline import wandb_records
 from PIL import Image
 
 from datamodules import Phantom
@@ -34,7 +35,7 @@ def exported(phantom_single: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     command = [sys.executable, "-m", "explainers", "export", str(phantom_single)]
     command += ["--data", str(folder / "data.yaml"), "--out", str(folder), "--smoothing", "0.05"]
-    command += ["--views", "{count: 3}", "--images", "8"]
+    command += ["--views", "{count: 3}", "--images", "8", "--logging", "wandb"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -59,6 +60,11 @@ def test_all_files_and_their_parity(exported: tuple[Path, str]) -> None:
     assert card["input"] == {"shape": ["batch", 1, 32, 32], "range": [0, 1]}
     assert card["classifier"]["class_names"] == ["healthy", "opacity"]
     assert set(card["validation_average_precision"]) == set(names)
+    (log,) = folder.glob("wandb/offline-run-*/*.wandb")
+    records = [one for one in wandb_records(log) if one.WhichOneof("record_type") == "artifact"]
+    (artifact,) = [one.artifact for one in records]
+    held = {entry.path for entry in artifact.manifest.contents}
+    assert held == {*names[1:], "card.json", "card.md"}
     text = (folder / "card.md").read_text()
     assert "Not a medical device" in text
     assert "| class_names |" in text

@@ -1,0 +1,48 @@
+"""Weights & Biases: whether it is reached, and what a run started from and left."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+
+def wandb_mode() -> Literal["offline"] | None:
+    """W&B's own choice (None) where WANDB_MODE or a key is there, else "offline"."""
+    known = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
+    return None if known else "offline"
+
+
+def artifact_name(checkpoint: Path) -> str | None:
+    """Artifact that the training run of a checkpoint logged; None where W&B did not follow it."""
+    runs = [
+        (found[1], found[2])
+        for path in (checkpoint.parent / "wandb").glob("*run-*-*")
+        if (found := re.fullmatch(r"(?:offline-)?run-(\d+_\d+)-(\w+)", path.name))
+    ]
+    return f"model-{max(runs)[1]}:latest" if runs else None
+
+
+def declare_inputs(run: Any, checkpoints: Iterable[str | Path]) -> None:
+    """Tell a run which checkpoints it starts from: W&B's lineage. Offline runs cannot know."""
+    if run.offline:
+        return
+    for name in filter(None, (artifact_name(Path(path)) for path in checkpoints)):
+        try:
+            run.use_artifact(name)
+        except (wandb.errors.CommError, ValueError) as error:
+            told = f"W&B does not know {name}, so that its lineage is cut: {error}"
+            warnings.warn(told, stacklevel=2)
+
+
+def log_files(run: Any, name: str, kind: str, paths: Iterable[Path]) -> None:
+    """Log files as one artifact of a run."""
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), kind)
+    for path in paths:
+        artifact.add_file(str(path))
+    run.log_artifact(artifact)
