@@ -773,26 +773,30 @@ def pictured_images(
     """
     sigma = results.costs.set_index(["method", "views"])["sigma"]
     known = results.images.set_index("id")
+    shown = [entry for entry in entries if not entry.control]
+    averaged = bool(protocol.variants()[-1])
+    forms = {
+        entry.name: "views" if averaged and entry.name not in protocol.limits else "plain"
+        for entry in shown
+    }
     cases: list[Case] = []
     for batch in data.loader(protocol.split):
         chosen = batch["has_mask"].nonzero().flatten()[: count - len(cases)]
         if not len(chosen):
             continue
         image = batch["image"][chosen].to(device)
-        maps: dict[str, Tensor] = {}
-        generated: dict[str, Sequence[Tensor]] = {}
-        forms: dict[str, str] = {}
-        for entry in entries:
-            if entry.control:
-                continue
-            if isinstance(entry.explainer, LearnedExplainer):
-                with torch.inference_mode():
-                    generated[entry.name] = [*map(pictures.rgb, entry.explainer.eval()(image))]
-            shown = None if entry.name in protocol.limits else protocol.variants()[-1]
-            forms[entry.name] = "views" if shown else "plain"
+        maps = {}
+        for entry in shown:
+            views = protocol.variants()[-1] if forms[entry.name] == "views" else None
             smoothing = sigma[entry.name, forms[entry.name]]
-            raw = entry.explainer.explain(image, views=shown, smoothing=smoothing)
+            raw = entry.explainer.explain(image, views=views, smoothing=smoothing)
             maps[entry.name] = raw.detach().float().cpu()
+        with torch.inference_mode():
+            generated = {
+                entry.name: [*map(pictures.rgb, entry.explainer.eval()(image))]
+                for entry in shown
+                if isinstance(entry.explainer, LearnedExplainer)
+            }
         for k, index in enumerate(chosen.tolist()):
             name = batch["id"][index]
             cases.append(

@@ -82,28 +82,18 @@ def export(
 
     expected = answers(own, tested["image"])
     calls = {"checkpoint": own, **{path.name: runner(path) for path in paths}}
-    measured = {}
-    for name, call in calls.items():
-        parity = files.largest_difference(expected, answers(call, tested["image"]))
-        maps = answers(call, validation["image"]).map
-        precision = float(average_precision(maps, validation["mask"]).nanmean())
-        seconds = files.seconds(call, tested["image"][:1])
-        measured[name] = {
-            "largest_difference_of_map": parity["map"],
-            "decisions_that_differ": parity["decision"],
-            "validation_average_precision": precision,
-            "seconds_per_image": seconds,
-        }
+    measured = {
+        name: measure(call, expected, tested["image"], validation) for name, call in calls.items()
+    }
+    for name, told in measured.items():
         print(
-            f"{name}: largest difference of the map {parity['map']:.2g}, decisions that differ "
-            f"{parity['decision']:.0f} of {len(expected.map)}, validation average precision "
-            f"{precision:.3f}, {seconds:.4f} s an image"
+            f"{name}: largest difference of the map {told['largest_difference_of_map']:.2g}, "
+            f"decisions that differ {told['decisions_that_differ']:.0f} of {len(expected.map)}, "
+            f"validation average precision {told['validation_average_precision']:.3f}, "
+            f"{told['seconds_per_image']:.4f} s an image"
         )
-        if name in EXACT and (parity["map"] > TOLERANCE or parity["decision"]):
-            raise RuntimeError(
-                f"{folder / name} differs from the checkpoint: map by {parity['map']:.2g} (at most "
-                f"{TOLERANCE}), {parity['decision']:.0f} decisions; do not use it."
-            )
+    for name in EXACT:
+        check_parity(folder / name, **measured[name])
     facts = {
         "data": {"module": type(data).__name__, "validation": len(validation["image"])},
         "input": {"shape": ["batch", explainer.geometry.channels, size, size], "range": [0, 1]},
@@ -120,6 +110,42 @@ def export(
         with wandb.init(project="simadv", name=folder.name, dir=out, mode=wandb_mode()) as run:
             declare_inputs(run, [checkpoint])
             log_files(run, folder.name, "exported-model", left)
+
+
+def measure(
+    call: Callable[[Tensor], Any], expected: Any, images: Tensor, validation: dict[str, Tensor]
+) -> dict[str, float]:
+    """How a model's answers differ from the checkpoint's, how well it localises, how long it takes.
+
+    Args:
+        call: The model.
+        expected: The checkpoint's answer for the images.
+        images: Of the parity; the first is timed.
+        validation: Images with masks.
+    """
+    from explainers.inference import export as files
+
+    parity = files.largest_difference(expected, answers(call, images))
+    maps = answers(call, validation["image"]).map
+    return {
+        "largest_difference_of_map": parity["map"],
+        "decisions_that_differ": parity["decision"],
+        "validation_average_precision": float(
+            average_precision(maps, validation["mask"]).nanmean()
+        ),
+        "seconds_per_image": files.seconds(call, images[:1]),
+    }
+
+
+def check_parity(
+    path: Path, largest_difference_of_map: float, decisions_that_differ: float, **_: float
+) -> None:
+    """Raise RuntimeError where an exported model does not answer as the checkpoint."""
+    if largest_difference_of_map > TOLERANCE or decisions_that_differ:
+        raise RuntimeError(
+            f"{path} differs from the checkpoint: map by {largest_difference_of_map:.2g} (at most "
+            f"{TOLERANCE}), {decisions_that_differ:.0f} decisions; do not use it."
+        )
 
 
 def explain(
