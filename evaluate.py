@@ -802,7 +802,7 @@ def pictured_images(
             cases.append(
                 Case(
                     name,
-                    known.loc[name].map(readable).to_dict(),
+                    facts_of(known.loc[name]),
                     pictures.rgb(image)[k],
                     batch["mask"][index],
                     {method: one[k] for method, one in maps.items()},
@@ -815,9 +815,10 @@ def pictured_images(
     return cases
 
 
-def readable(value: object) -> str:
-    """A fact of an image as text: probabilities with three decimals."""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def facts_of(line: Mapping[Any, Any]) -> dict[str, str]:
+    """What is known of an image as text; numbers have three decimals, empty values are left out."""
+    texts = {k: f"{v:.3f}" if isinstance(v, float) else str(v) for k, v in line.items()}
+    return {str(name): text for name, text in texts.items() if text not in ("", "nan")}
 
 
 def progress_bar() -> Progress:

@@ -86,10 +86,15 @@ def section(index: Mapping[str, Any], packed: Sequence[str] = ()) -> Markup:
 
 
 def filters(cases: Sequence[Case]) -> dict[str, list[str]]:
-    """Facts with a few values, and these."""
+    """Facts with a few values, each shared by two images on average, and these values.
+
+    Probabilities, "p(class)", are left out.
+    """
     table = pd.DataFrame([dict(case.facts) for case in cases])
-    values = {str(name): sorted(set(table[name])) for name in table}
-    return {name: found for name, found in values.items() if 2 <= len(found) <= FILTERED}
+    table = table[[name for name in table if not str(name).startswith("p(")]]
+    values = {str(name): sorted(set(table[name].dropna())) for name in table}
+    most = min(FILTERED, len(cases) // 2)
+    return {name: found for name, found in values.items() if 2 <= len(found) <= most}
 
 
 def scores_of(scores: pd.DataFrame, forms: Mapping[str, str]) -> dict[str, dict[str, float]]:

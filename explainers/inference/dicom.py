@@ -127,6 +127,8 @@ def segmentation(
     elif frame is not None:  # frames without places in space: the one is a picture of its own
         one.SOPClassUID = SecondaryCaptureImageStorage
         one.pop("FrameOfReferenceUID", None)
+    if "SliceThickness" not in one:  # readers take the one with the other; the source keeps it
+        one.pop("PixelSpacing", None)
     algorithm = AlgorithmIdentificationSequence(
         MAKER, codes.DCM.ArtificialIntelligence, own_version()
     )

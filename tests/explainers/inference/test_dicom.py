@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from files import write_dicom
+from highdicom.seg import segread
 from pydicom import Dataset, dcmread
 from pydicom.uid import UltrasoundMultiFrameImageStorage
 
@@ -31,6 +32,7 @@ def written(source: Path, frame: int | None = None, settings: str = "") -> tuple
     stem = source.parent / f"map{frame}"
     write_objects(source, frame, overlay, region, "above percentile 95", settings, stem)
     pair = [stem.with_name(f"{stem.name}_{kind}.dcm") for kind in ("overlay", "region")]
+    assert segread(pair[1]).number_of_segments == 1
     return dcmread(pair[0]), dcmread(pair[1])
 
 
