@@ -52,7 +52,7 @@ from explainers.evaluation.statistics import Row
 from explainers.evaluation.tables import long_table
 from explainers.evaluation.thresholds import Sweep
 from explainers.learned import LearnedExplainer, load_explainer
-from explainers.tracking import declare_inputs, log_files, wandb_mode
+from explainers.tracking import artifact_names, declare_inputs, log_files, wandb_mode
 from explainers.views import Views
 from train import plainly
 
@@ -94,7 +94,8 @@ def compare(
             annotated ones they are scored on.
         reference: Method whose best row the others are held against, beside the best control's.
         out: Folder that everything is written to.
-        pictured: Annotated images in the page's explorer, the first of them as a gallery too.
+        pictured: Images in the page's explorer, the first annotated ones as a gallery too; methods
+            that are limited to fewer are left out of both.
         seed: Of everything that draws.
         devices: Processes.
         accelerator: Where they run.
@@ -162,9 +163,9 @@ def write_page(
     }
     plots = {path.stem: path.read_bytes() for path in sorted(out.glob("*.png"))}
     title, told = "Explainers compared", {**known, **facts}
-    gallery = report.gallery_of(cases[:GALLERY])
+    gallery = report.gallery_of([case for case in cases if case.mask is not None][:GALLERY])
     page = report.html_page(title, told, shown, gallery, plots, explorer(cases))
-    (out / "report.html").write_text(page)
+    (out / "report.html").write_text(page, "utf-8")
 
 
 def log_to_wandb(
@@ -179,16 +180,17 @@ def log_to_wandb(
         out: Folder; its page, tables and plots become an artifact.
         shown: Tables.
         sources: Checkpoints that the results are of: the run's lineage.
-        cases: Images whose maps are logged as a table.
+        cases: Images; the maps of the first are logged as a table.
     """
     tables = {**shown, "Long form": pd.read_csv(out / "table.csv")}
     name = "/".join(out.parts[-2:])
+    inputs = artifact_names(sources)
     with wandb.init(project="simadv", name=name, dir=out, mode=wandb_mode()) as run:
-        declare_inputs(run, sources)
+        declare_inputs(run, inputs)
         run.log({key: wandb.Table(dataframe=table) for key, table in tables.items()})
         run.log({path.stem: wandb.Image(path) for path in sorted(out.glob("*.png"))})
         if cases:
-            run.log({"Maps": map_table(cases)})
+            run.log({"Maps": map_table(cases[:GALLERY])})
         left = [out / "report.html", *sorted(out.glob("table.*")), *sorted(out.glob("*.png"))]
         log_files(run, name, "report", [path for path in left if path.exists()])
 
@@ -197,7 +199,9 @@ def map_table(cases: Sequence[Case]) -> wandb.Table:
     """A line for each image: what is known of it, the outlined image, the map of every method."""
     rows: list[Iterable[Any]] = []
     for case in cases:
-        image = pictures.outlined(case.image[None], torch.as_tensor(case.mask)[None])
+        image = case.image[None]
+        if case.mask is not None:
+            image = pictures.outlined(image, case.mask[None])
         columns = [image, *(pictures.heat(one[None]) for one in case.maps.values())]
         known = case.facts["label"], case.facts["decision"]
         rows.append([case.name, *known, *(wandb.Image(to_pil_image(one[0])) for one in columns)])
@@ -664,7 +668,7 @@ def agreement(
     titles = {"agreement": "Images by group", "agreement_cases": "Cases by group"}
     shown_tables = {titles[name]: table.round(3) for name, table in tables.items()}
     page = report.html_page("Agreement by group", facts, shown_tables, captioned)
-    (Path(out) / "agreement.html").write_text(page)
+    (Path(out) / "agreement.html").write_text(page, "utf-8")
 
 
 def built(methods: Mapping[str, Method], network: Network) -> dict[str, Explainer]:
@@ -767,13 +771,17 @@ def pictured_images(
     count: int,
     device: torch.device,
 ) -> list[Case]:
-    """The first annotated images with the smoothed map of every method, controls left out.
+    """The first images with the smoothed map of every method, controls left out.
 
-    Methods with a limit are too slow for views here.
+    Methods with a limit are too slow for views here, and left out where it is below the count.
     """
     sigma = results.costs.set_index(["method", "views"])["sigma"]
     known = results.images.set_index("id")
-    shown = [entry for entry in entries if not entry.control]
+    scores = dict(list(results.scores.groupby("id")))
+    limits = {entry.name: protocol.limit(entry.name, None) for entry in entries}
+    shown = [
+        entry for entry in entries if not entry.control and (limits[entry.name] or count) >= count
+    ]
     averaged = bool(protocol.variants()[-1])
     forms = {
         entry.name: "views" if averaged and entry.name not in protocol.limits else "plain"
@@ -781,10 +789,7 @@ def pictured_images(
     }
     cases: list[Case] = []
     for batch in data.loader(protocol.split):
-        chosen = batch["has_mask"].nonzero().flatten()[: count - len(cases)]
-        if not len(chosen):
-            continue
-        image = batch["image"][chosen].to(device)
+        image = batch["image"][: count - len(cases)].to(device)
         maps = {}
         for entry in shown:
             views = protocol.variants()[-1] if forms[entry.name] == "views" else None
@@ -797,17 +802,16 @@ def pictured_images(
                 for entry in shown
                 if isinstance(entry.explainer, LearnedExplainer)
             }
-        for k, index in enumerate(chosen.tolist()):
-            name = batch["id"][index]
+        for k, name in enumerate(batch["id"][: len(image)]):
             cases.append(
                 Case(
                     name,
                     facts_of(known.loc[name]),
                     pictures.rgb(image)[k],
-                    batch["mask"][index],
+                    batch["mask"][k] if batch["has_mask"][k] else None,
                     {method: one[k] for method, one in maps.items()},
                     {method: (pair[0][k], pair[1][k]) for method, pair in generated.items()},
-                    scores_of(results.scores.query("id == @name"), forms),
+                    scores_of(scores.get(name, results.scores[:0]), forms),
                 )
             )
         if len(cases) >= count:

@@ -19,7 +19,7 @@ import datamodules  # noqa: F401
 import explainers  # noqa: F401
 from classifiers.memory import keep_freed_memory
 from datamodules.base import ImageDataModule
-from explainers.tracking import declare_inputs, wandb_mode
+from explainers.tracking import artifact_names, declare_inputs, wandb_mode
 
 
 class LoggedConfig(SaveConfigCallback):
@@ -113,7 +113,7 @@ class TrainCLI(LightningCLI):
         network = self.config.fit.model.get("init_args", {}).get("network")
         for logger in self.trainer.loggers if isinstance(network, str) else ():
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
-                declare_inputs(logger.experiment, [network])
+                declare_inputs(logger.experiment, artifact_names([network]))
 
 
 def build_loggers(kind: str, folder: str, resumed: bool = False) -> list[Logger]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -117,9 +116,7 @@ def read_dicom(path: Path, frame: int | None = None) -> Float[Tensor, "c h w"]:
     """
     dataset = dcmread(path)
     frame = _choose_frame(int(dataset.get("NumberOfFrames") or 1), frame)
-    pixels = int(dataset.Rows) * int(dataset.Columns)
-    if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"it has {pixels} pixels, more than the limit {Image.MAX_IMAGE_PIXELS}")
+    _check_size(int(dataset.Rows) * int(dataset.Columns))
     stored = pixel_array(dataset, index=frame)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         colour = apply_color_lut(stored, dataset)
@@ -143,13 +140,21 @@ def _decode(path: Path, frame: int | None) -> Float[Tensor, "c h w"]:
         raise ValueError("there is no such file")
     if path.suffix.lower() in {".dcm", ".dicom"} or is_dicom(path):
         return read_dicom(path, frame)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
-            # Extra frames of PNG and JPEG are animations and previews; the first is the picture.
-            frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-            image.seek(_choose_frame(frames, frame))
-            return _to_tensor(_values(image))
+    with Image.open(path, formats=FORMATS) as image:
+        pixels = image.width * image.height  # Pillow itself only warns up to twice its limit
+        if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"it has {pixels} pixels, more than the limit {Image.MAX_IMAGE_PIXELS}"
+            )
+        # Extra frames of PNG and JPEG are animations and previews; the first is the picture.
+        frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        image.seek(_choose_frame(frames, frame))
+        return _to_tensor(_values(image))
+
+
+def _check_size(pixels: int) -> None:
+    if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"it has {pixels} pixels, more than the limit {Image.MAX_IMAGE_PIXELS}")
 
 
 def _choose_frame(frames: int, frame: int | None) -> int:

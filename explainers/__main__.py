@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from datamodules.base import ImageDataModule
 from explainers.evaluation.metrics.localisation import average_precision
 from explainers.learned import load_explainer
 from explainers.learned.similar_adversarial import SimilarAdversarial
-from explainers.tracking import declare_inputs, log_files, wandb_mode
+from explainers.tracking import artifact_names, declare_inputs, log_files, wandb_mode
 from explainers.views import Views
 
 TOLERANCE = 1e-4  # of a map against the checkpoint's
@@ -71,6 +72,7 @@ def export(
     data.setup()
     size, folder = data.loading.size, Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "card.json").unlink(missing_ok=True)  # no model is used without its card
     bundle = Bundle(explainer.network, explainer, (size, size), views, smoothing).eval()
     tested, validation = gathered(data, "test", images), gathered(data, "val", images)
     paths = files.write_all(bundle, validation["image"].split(BATCH), folder)
@@ -107,8 +109,9 @@ def export(
     card.write_card(json.loads(json.dumps(content)), folder)
     if logging == "wandb":
         left = [*paths, folder / "card.json", folder / "card.md"]
+        inputs = artifact_names([checkpoint])
         with wandb.init(project="simadv", name=folder.name, dir=out, mode=wandb_mode()) as run:
-            declare_inputs(run, [checkpoint])
+            declare_inputs(run, inputs)
             log_files(run, folder.name, "exported-model", left)
 
 
@@ -177,7 +180,7 @@ def explain(
         batch_size: Pictures at a time.
         percentile: Of the map's values, above which a region is told.
         accelerator: Where a checkpoint runs.
-        devices: Batches side by side, a checkpoint's each on a device of its own.
+        devices: Batches side by side, on GPUs each on its own.
 
     Returns:
         Lines of the pictures that could not be read, or whose DICOM objects could not be written.
@@ -215,8 +218,15 @@ def serve(
         megabytes: Largest file.
 
     Raises:
-        ValueError: If the model cannot be used.
+        ValueError: If the model or the address cannot be used, or the extra is missing.
     """
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise ValueError("serve needs the extra serve: python -m pip install '.[serve]'.")
+    if host in ("", "0.0.0.0", "::"):
+        raise ValueError(
+            f"host {host!r} is every address of this machine: give the one, or the name, by which "
+            "others reach it."
+        )
     import uvicorn
 
     from explainers.inference.serve import LOCAL
@@ -287,7 +297,7 @@ def exported_model(path: Path) -> Any:
     card = path.with_name("card.json")
     if not card.is_file():
         raise ValueError(f"{card} is missing: keep it beside the model that it belongs to.")
-    content = json.loads(card.read_text())
+    content = json.loads(card.read_text("utf-8"))
     _, channels, size, _ = content["input"]["shape"]
     names = content["classifier"]["class_names"]
     return Model(runner(path), size, channels, names, digest(path))
@@ -314,6 +324,9 @@ def checkpoint_model(
             f"{config} tells no size: give that which {path} was trained on."
         ) from error
     kind = Fabric(accelerator=accelerator, devices=1).device.type
+    if devices < 1 or (kind == "cuda" and devices > torch.cuda.device_count()):
+        most = f" to {torch.cuda.device_count()}" if kind == "cuda" else " or more"
+        raise ValueError(f"devices must be 1{most}, but got {devices}.")
     bundle = Bundle(explainer.network, explainer, (size, size), views, smoothing)
     free: SimpleQueue[tuple[Bundle, torch.device]] = SimpleQueue()
     for k in range(devices):
@@ -403,7 +416,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif failed := explain(**vars(parsed.explain)):
         for row in failed:
             print(row["error"])
-        sys.exit(f"{len(failed)} picture(s) could not be read; the others are explained.")
+        sys.exit(f"{len(failed)} picture(s) could not be read or fully written; the others are.")
 
 
 if __name__ == "__main__":

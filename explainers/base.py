@@ -69,9 +69,16 @@ class Explainer(ABC):
             return smooth(maps, smoothing)
 
     def attribute(
-        self, inputs: Float[Tensor, "b c h w"], target: Int64[Tensor, " b"] | None = None
+        self, inputs: Float[Tensor, "b c h w"], target: int | Int64[Tensor, " b"] | None = None
     ) -> Float[Tensor, "b 1 h w"]:
-        """The plain map under the name and in the shape that Captum's methods have."""
+        """The plain map by Captum's name: one channel, as its layer methods give.
+
+        Args:
+            inputs: Images in [0, 1].
+            target: Class of every image, or of each; the network's own decision by default.
+        """
+        if isinstance(target, int):
+            target = torch.full((len(inputs),), target, device=inputs.device)
         return self.explain(inputs, target)[:, None]
 
 
@@ -86,6 +93,7 @@ def quantus_function(
 
     Returns:
         Function of model, inputs (b, c, h, w) and targets (b), arrays; other keywords are not used.
+        A learned explainer takes no targets but the network's decisions.
     """
 
     def explained(

@@ -19,20 +19,30 @@ def wandb_mode() -> Literal["offline"] | None:
 
 
 def artifact_name(checkpoint: Path) -> str | None:
-    """Artifact that the training run of a checkpoint logged; None where W&B did not follow it."""
+    """Artifact that the training run of a checkpoint logged; None where W&B did not follow it.
+
+    Lightning gives the best weights the alias "best" and the last logged ones "latest".
+    """
     runs = [
         (found[1], found[2])
         for path in (checkpoint.parent / "wandb").glob("*run-*-*")
         if (found := re.fullmatch(r"(?:offline-)?run-(\d+_\d+)-(\w+)", path.name))
     ]
-    return f"model-{max(runs)[1]}:latest" if runs else None
+    alias = "best" if checkpoint.stem == "best" else "latest"
+    return f"model-{max(runs)[1]}:{alias}" if runs else None
 
 
-def declare_inputs(run: Any, checkpoints: Iterable[str | Path]) -> None:
-    """Tell a run which checkpoints it starts from: W&B's lineage. Offline runs cannot know."""
+def artifact_names(checkpoints: Iterable[str | Path]) -> list[str]:
+    """Artifacts of checkpoints, to be asked before a run of one's own begins in their folder."""
+    names = (artifact_name(Path(path)) for path in checkpoints)
+    return [name for name in names if name]
+
+
+def declare_inputs(run: Any, artifacts: Iterable[str]) -> None:
+    """Tell a run which artifacts it starts from: W&B's lineage. Offline runs cannot know."""
     if run.offline:
         return
-    for name in filter(None, (artifact_name(Path(path)) for path in checkpoints)):
+    for name in artifacts:
         try:
             run.use_artifact(name)
         except (wandb.errors.CommError, ValueError) as error:

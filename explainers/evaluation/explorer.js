@@ -2,7 +2,7 @@
 // What a reader may do with the maps of explorer.py. The scores are those of evaluation/metrics:
 // percentile_iou, and threshold_sweep of min_max, set_wide and region_min_max over tiles.
 (() => {
-  const STEPS = 65535, SIDES = 2, BLINK = 600;
+  const SIDES = 2, BLINK = 600;
   const at = (id) => document.getElementById("x-" + id);
   const index = JSON.parse(at("index").textContent);
   const packed = document.querySelectorAll(".x-packed");
@@ -37,17 +37,18 @@
       width, height, count,
       image: await picture(data.image),
       mask: bits && Uint8Array.from({ length: count }, (_, k) => (bits[k >> 3] >> (7 - (k & 7))) & 1),
-      maps: data.maps.map(({ levels, low, high }) => {
-        const raw = bytes(levels), view = new DataView(raw.buffer);
-        return { low, high, levels: Uint16Array.from({ length: count }, (_, k) => view.getUint16(2 * k, true)) };
+      maps: data.maps.map((text) => {
+        const view = new DataView(bytes(text).buffer);
+        const values = Float32Array.from({ length: count }, (_, k) => view.getFloat32(4 * k, true));
+        const [low, high] = range(values);
+        return { values, low, high };
       }),
       generated: await Promise.all(data.generated.map((pair) => pair && Promise.all(pair.map(picture)))),
     };
   };
 
   // ---- threshold
-  const places = (image, side) => { // pixels of each tile; of the whole image without a side
-    if (!side) return [Array.from({ length: image.count }, (_, k) => k)];
+  const places = (image, side) => { // pixels of each tile
     const across = Math.ceil(image.width / side), tiles = [];
     for (let k = 0; k < image.count; k++) {
       const row = Math.floor(k / image.width), tile = Math.floor(row / side) * across + Math.floor((k % image.width) / side);
@@ -55,25 +56,29 @@
     }
     return tiles;
   };
-  const region = (image, map, bounds, scale, threshold, side) => {
-    const kept = new Uint8Array(image.count), { levels, low, high } = map;
-    for (const tile of places(image, side)) {
-      const values = Uint16Array.from(tile, (k) => levels[k]).sort();
-      const least = values[0], most = values[values.length - 1];
-      let keep;
-      if (scale === "percentile") { // ties at the threshold stay in
-        const limit = values[Math.ceil((threshold / 100) * (values.length - 1) - 1e-9)];
-        keep = (level) => level >= limit;
-      } else if (side || scale === "own") {
-        keep = (level) => (most > least ? (level - least) / (most - least) : 0) >= threshold / 100;
-      } else {
-        const [first, last] = bounds;
-        const scaled = (level) => (last > first ? (low + (level / STEPS) * (high - low) - first) / (last - first) : 0);
-        keep = (level) => Math.min(1, Math.max(0, scaled(level))) >= threshold / 100;
-      }
-      for (const k of tile) kept[k] = keep(levels[k]) ? 1 : 0;
+  const limit = (values, bounds, scale, threshold) => { // ties at the threshold stay in
+    if (scale === "percentile") {
+      const sorted = values.slice().sort();
+      return sorted[Math.ceil((threshold / 100) * (sorted.length - 1) - 1e-9)];
     }
-    return kept;
+    const [low, high] = bounds, share = threshold / 100;
+    // all of a constant map is 0 of its range; what lies below a set's range is 0 of it too
+    return share === 0 ? -Infinity : high > low ? low * (1 - share) + high * share : Infinity;
+  };
+  const range = (values) => values.reduce(([a, b], one) => [Math.min(a, one), Math.max(b, one)], [Infinity, -Infinity]);
+  const region = (image, map, bounds, scale, threshold, side) => {
+    const kept = new Uint8Array(image.count);
+    if (!side) {
+      const least = limit(map.values, scale === "set" ? bounds : [map.low, map.high], scale, threshold);
+      map.values.forEach((one, k) => { kept[k] = one >= least ? 1 : 0; });
+      return { kept, least };
+    }
+    for (const tile of places(image, side)) {
+      const values = Float32Array.from(tile, (k) => map.values[k]);
+      const least = limit(values, range(values), scale, threshold);
+      for (const k of tile) kept[k] = map.values[k] >= least ? 1 : 0;
+    }
+    return { kept };
   };
   const scores = (kept, mask) => {
     let area = 0, truth = 0, both = 0;
@@ -93,25 +98,33 @@
     Object.assign(canvas, { width: image.width, height: image.height });
     const picture = new ImageData(new Uint8ClampedArray(source), image.width, image.height);
     const table = colours[at("colours").value], opacity = Number(at("opacity").value);
+    const whole = at("whole").checked, outline = image.mask && at("outline").checked;
+    const { values, low, high } = map ?? {}, step = high > low ? 255 / (high - low) : 0;
     for (let k = 0; k < image.count; k++) {
-      if (map && (at("whole").checked || kept[k]))
+      if (map && (whole || kept[k])) {
+        const colour = 3 * Math.floor((values[k] - low) * step);
         for (let c = 0; c < 3; c++)
-          picture.data[4 * k + c] = (1 - opacity) * source[4 * k + c] + opacity * table[3 * (map.levels[k] >> 8) + c];
-      if (kept && at("whole").checked && border(kept, k, image.width, image.height)) picture.data.set([255, 255, 255], 4 * k);
-      if (image.mask && at("outline").checked && border(image.mask, k, image.width, image.height)) picture.data.set([51, 255, 77], 4 * k);
+          picture.data[4 * k + c] = (1 - opacity) * source[4 * k + c] + opacity * table[colour + c];
+      }
+      if (kept && whole && border(kept, k, image.width, image.height)) picture.data.set([255, 255, 255], 4 * k);
+      if (outline && border(image.mask, k, image.width, image.height)) picture.data.set([51, 255, 77], 4 * k);
     }
     canvas.getContext("2d").putImageData(picture, 0, 0);
   };
   const draw = () => {
+    const ofSet = at("scale").querySelector("[value=set]"); // a tile has a range of its own alone
+    if (ofSet) ofSet.disabled = at("local").checked;
+    if (ofSet?.disabled && at("scale").value === "set") at("scale").value = "own";
     const scale = at("scale").value, threshold = Number(at("threshold").value);
     at("shown").value = scale === "percentile" ? threshold + " %" : (threshold / 100).toFixed(3);
     if (!shown) return;
     const side = at("local").checked ? Math.max(2, Math.floor(Number(at("tile").value)) || 2) : 0;
     for (const panel of panels) {
       const method = panel.select.selectedIndex, map = shown.maps[method];
-      const kept = region(shown, map, index.ranges[method], scale, threshold, side);
+      const { kept, least } = region(shown, map, index.ranges[method], scale, threshold, side);
       paint(panel.canvas, shown, shown.image, map, kept);
       panel.told.textContent = Object.entries(scores(kept, shown.mask)).map(([k, v]) => k + " " + v.toFixed(3)).join(", ");
+      panel.value.textContent = Number.isFinite(least) ? "map at or above " + least.toPrecision(4) : "";
     }
     drawPairs();
   };
@@ -144,7 +157,11 @@
   const choose = async (place) => {
     at("cases").selectedIndex = Math.min(Math.max(place, 0), listed.length - 1);
     const wanted = listed[at("cases").selectedIndex];
-    if (wanted === undefined) return;
+    if (wanted === undefined) {
+      at("facts").textContent = "no image";
+      at("panels").hidden = true;
+      return;
+    }
     const { name, facts } = index.cases[wanted];
     const image = await unpacked(packed[wanted].textContent);
     if (wanted !== listed[at("cases").selectedIndex]) return; // the reader has gone on meanwhile
@@ -152,6 +169,7 @@
   };
   const tell = (name, facts, image) => {
     shown = image;
+    at("panels").hidden = false;
     at("facts").textContent = [name, ...Object.entries(facts).map(([k, v]) => k + ": " + v)].join(" · ");
     draw();
   };
@@ -165,8 +183,8 @@
     select.onchange = list;
   }
   option(at("order"), "of the data", '["", "", 1]');
-  for (const [method, found] of Object.entries(index.cases[0]?.scores ?? {}))
-    for (const metric of Object.keys(found))
+  for (const method of index.methods)
+    for (const metric of new Set(index.cases.flatMap((one) => Object.keys(one.scores[method] ?? {}))))
       for (const [way, word] of [[-1, "highest"], [1, "lowest"]])
         option(at("order"), `${word} ${metric}, ${method}`, JSON.stringify([metric, method, way]));
   Object.keys(colours).forEach((name) => option(at("colours"), name));
@@ -175,9 +193,9 @@
     index.methods.forEach((name) => option(select, name));
     select.selectedIndex = k;
     select.setAttribute("aria-label", "explainer " + (k + 1));
-    const canvas = made("canvas", figure), told = made("output", figure), pair = made("div", figure);
+    const canvas = made("canvas", figure), told = made("output", figure), value = made("figcaption", figure), pair = made("div", figure);
     pair.className = "pair";
-    panels.push({ select, canvas, told, pair, first: made("canvas", pair), second: made("canvas", pair), named: made("figcaption", figure) });
+    panels.push({ select, canvas, told, value, pair, first: made("canvas", pair), second: made("canvas", pair), named: made("figcaption", figure) });
     select.onchange = draw;
   }
   for (const id of ["scale", "threshold", "local", "tile", "opacity", "colours", "whole", "outline", "generated"]) at(id).oninput = draw;
@@ -204,8 +222,10 @@
       draw();
     },
   };
-  document.addEventListener("keydown", (event) => {
-    const typed = event.target.closest?.("input:not([type=checkbox]), select, textarea");
+  const root = document.getElementById("explorer");
+  root.addEventListener("pointerdown", (event) => event.target.closest("input, select, label") ?? root.focus({ preventScroll: true }));
+  root.addEventListener("keydown", (event) => {
+    const typed = event.target.closest?.("input[type=number], select, textarea");
     if (typed || event.ctrlKey || event.altKey || event.metaKey || !keys[event.key]) return;
     event.preventDefault();
     keys[event.key]();

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, UInt16
+from jaxtyping import Bool, Float
 from jinja2 import Environment
 from markupsafe import Markup
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from torch import Tensor
 from explainers.evaluation.metrics.scaling import known, set_range
 
 COLOURS = ("inferno", "viridis", "magma", "cividis")  # perceptually uniform
-STEPS = 65535  # levels that a map is written in, over its own range
 FILTERED = 12  # most values of a fact that the reader may filter by
 
 
@@ -37,7 +36,7 @@ class Case:
         facts: Label, decision and whatever else is known of it, by name.
         image: RGB (3, h, w) in [0, 1].
         mask: (h, w), True in the evidence; None where it is not annotated.
-        maps: (h, w) by explainer; every case has the same explainers.
+        maps: (h, w) by explainer; every case has the same explainers. NaN is shown as the lowest.
         generated: Similar and adversarial image (3, h, w), of the explainers that give them.
         scores: By explainer and metric, to sort by.
     """
@@ -73,14 +72,16 @@ def explorer(cases: Sequence[Case]) -> Markup:
 def section(index: Mapping[str, Any], packed: Sequence[str] = ()) -> Markup:
     """Style, controls, data and script; every text is escaped."""
     folder = files("explainers.evaluation")
-    template = Environment(autoescape=True).from_string((folder / "explorer.html").read_text())
+    template = Environment(autoescape=True).from_string(
+        (folder / "explorer.html").read_text("utf-8")
+    )
     known_to_script = dict(index) | {"colours": {name: colours(name) for name in COLOURS}}
     return Markup(
         template.render(
             index=Markup(json.dumps(known_to_script).replace("<", "\\u003c")),
             packed=packed,
             megabytes=sum(map(len, packed)) / 2**20,
-            script=Markup((folder / "explorer.js").read_text()),
+            script=Markup((folder / "explorer.js").read_text("utf-8")),
         )
     )
 
@@ -113,7 +114,7 @@ def scores_of(scores: pd.DataFrame, forms: Mapping[str, str]) -> dict[str, dict[
 
 
 def pack(case: Case) -> str:
-    """A case as base64 of deflated JSON: images PNG, mask bits, maps in 65536 levels."""
+    """A case as base64 of deflated JSON: images PNG, mask bits, maps 32 bit floats."""
     return base64.b64encode(zlib.compress(json.dumps(content_of(case)).encode(), 6)).decode()
 
 
@@ -126,23 +127,9 @@ def content_of(case: Case) -> dict[str, Any]:
         "width": width,
         "image": png(case.image),
         "mask": None if case.mask is None else text(np.packbits(case.mask.numpy())),
-        "maps": [
-            {"levels": text(levels), "low": low, "high": high}
-            for levels, low, high in (in_levels(one) for one in case.maps.values())
-        ],
+        "maps": [text(known(one[None]).numpy().astype("<f4")) for one in case.maps.values()],
         "generated": [pair and [png(one) for one in pair] for pair in generated],
     }
-
-
-def in_levels(saliency: Float[Tensor, "h w"]) -> tuple[UInt16[np.ndarray, "h w"], float, float]:
-    """The map in 65536 levels from its lowest to its highest value, and these two.
-
-    NaN becomes the lowest known value; a constant map is 0 everywhere.
-    """
-    values = known(saliency[None])[0].double().numpy()
-    low, high = float(values.min()), float(values.max())
-    levels = (values - low) / (high - low) * STEPS if high > low else np.zeros_like(values)
-    return levels.round().astype("<u2"), low, high
 
 
 def png(image: Float[Tensor, "3 h w"]) -> str:

@@ -93,7 +93,8 @@ def gallery_of(cases: Iterable[Case]) -> dict[str, list[Picture]]:
     """Image, similar and adversarial images, maps and their top 5 % in a row for each case."""
     gallery: dict[str, list[Picture]] = {}
     for case in cases:
-        image, mask = case.image[None], torch.as_tensor(case.mask)[None]
+        image = case.image[None]
+        mask = torch.zeros_like(image[:, 0]).bool() if case.mask is None else case.mask[None]
         columns = {"image": pictures.outlined(image, mask)}
         for name, one in case.maps.items():
             if name in case.generated:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,25 @@ EXPECTED = (
     "StudyTime",
     "ReferringPhysicianName",
 )
+# Where a single frame lies in space.
+PLACE = (
+    "FrameOfReferenceUID",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+)
+# Of the pixels, which the overlay inherits.
+INHERITED = (
+    "Laterality",
+    "PixelAspectRatio",
+    "LossyImageCompression",
+    "LossyImageCompressionRatio",
+    "LossyImageCompressionMethod",
+    "BurnedInAnnotation",
+    "PatientIdentityRemoved",
+    "DeidentificationMethod",
+)
 
 
 def write_objects(
@@ -50,8 +68,9 @@ def write_objects(
 ) -> None:
     """Write <stem>_overlay.dcm (Secondary Capture) and <stem>_region.dcm (Segmentation).
 
-    Both keep the patient and the study, refer to the picture and its frame, and have its rows and
-    columns. The maps of a series make one series for each kind of object.
+    Without a region, as of a constant map, there is no Segmentation. Both keep the patient and the
+    study, refer to the picture and its frame, and have its rows and columns. The maps of a series
+    make one series for each kind of object.
 
     Args:
         source: DICOM file that was explained.
@@ -68,12 +87,11 @@ def write_objects(
     Source: DICOM PS3.3 A.8.1 and A.51.
     """
     header = tidied(dcmread(source, stop_before_pixels=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names without a comma and the like in the source
-        capture = secondary_capture(header, frame, overlay, settings)
-        mask = segmentation(header, frame, region, label, settings)
+    capture = secondary_capture(header, frame, overlay, settings)
     capture.save_as(stem.with_name(f"{stem.name}_overlay.dcm"), enforce_file_format=True)
-    mask.save_as(stem.with_name(f"{stem.name}_region.dcm"), enforce_file_format=True)
+    if region.any():
+        mask = segmentation(header, frame, region, label, settings)
+        mask.save_as(stem.with_name(f"{stem.name}_region.dcm"), enforce_file_format=True)
 
 
 def tidied(header: Dataset) -> Dataset:
@@ -81,13 +99,18 @@ def tidied(header: Dataset) -> Dataset:
     needed = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
     if missing := [name for name in needed if not header.get(name)]:
         raise ValueError(f"it belongs to no study, for want of {', '.join(missing)}")
+    header.decode()
+    header.SpecificCharacterSet = "ISO_IR 192"
     for name in EXPECTED:
         if name not in header:
             setattr(header, name, "")
+    for name in PLACE:
+        if name in header and not header.get(name):
+            del header[name]
     header.Modality = header.get("Modality") or "OT"
     if not re.fullmatch(r"\d{3}[DWMY]", str(header.get("PatientAge", "000Y"))):
         del header.PatientAge
-    if "PixelSpacing" in header and min(header.PixelSpacing or [0]) <= 0:
+    if min(header.get("PixelSpacing", [1])) <= 0:
         del header.PixelSpacing
     return header
 
@@ -108,7 +131,10 @@ def secondary_capture(
         **identity(header, frame, "overlay", settings),
     )
     capture.PatientOrientation = header.get("PatientOrientation", "")
-    capture.Laterality = header.get("Laterality", "")
+    capture.Laterality = ""
+    for name in INHERITED:
+        if name in header:
+            capture[name] = header[name]
     capture.SeriesDescription = "Explanation overlay, not for diagnosis"
     capture.DerivationDescription = "Explanation of a classifier's decision, laid over the image"
     capture.SourceImageSequence = [source_of(header, frame)]
@@ -120,15 +146,14 @@ def segmentation(
 ) -> Dataset:
     """The region as a segment over the frame."""
     one, pixels = copy.deepcopy(header), region[None]
-    placed = "PerFrameFunctionalGroupsSequence" in header
-    if frame is not None and placed:
+    placed = in_space(header)
+    if placed and frame is not None:
         pixels = np.zeros((int(header.NumberOfFrames), *region.shape), bool)
         pixels[frame] = region
-    elif frame is not None:  # frames without places in space: the one is a picture of its own
+    elif not placed:  # given as a picture of its own, without spacing: its source has that
         one.SOPClassUID = SecondaryCaptureImageStorage
-        one.pop("FrameOfReferenceUID", None)
-    if "SliceThickness" not in one:  # readers take the one with the other; the source keeps it
-        one.pop("PixelSpacing", None)
+        for name in PLACE:
+            one.pop(name, None)
     algorithm = AlgorithmIdentificationSequence(
         MAKER, codes.DCM.ArtificialIntelligence, own_version()
     )
@@ -152,12 +177,21 @@ def segmentation(
         **identity(header, frame, "region", settings),
     )
     mask.PatientOrientation = header.get("PatientOrientation", "")
-    if frame is not None and not placed:
+    if not placed:
         derived = mask.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence[0]
         derived.SourceImageSequence = [source_of(header, frame)]
         listed = mask.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0]
         listed.ReferencedSOPClassUID = header.SOPClassUID
     return mask
+
+
+def in_space(header: Dataset) -> bool:
+    """Whether the header tells where in the patient its frames lie."""
+    if "PerFrameFunctionalGroupsSequence" not in header:
+        return "NumberOfFrames" not in header and all(name in header for name in PLACE)
+    groups = header.PerFrameFunctionalGroupsSequence
+    places = all(group.get("PlanePositionSequence") for group in groups)
+    return "FrameOfReferenceUID" in header and places
 
 
 def identity(header: Dataset, frame: int | None, kind: str, settings: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib.util import find_spec
@@ -166,22 +167,24 @@ def explain_files(
             raise ValueError(f"{name} must be 1 or more, but got {number}.")
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be in [0, 100], but got {percentile}.")
+    every = [source for path in found_files(inputs) for source in pictures_of(path)]
+    if any(source.dicom for source in every) and find_spec("highdicom") is None:
+        raise ValueError("DICOM files need the extra dicom: python -m pip install '.[dicom]'.")
     out.mkdir(parents=True, exist_ok=True)
     columns = ["image", "frame", "name", "decision", *(f"p({name})" for name in model.class_names)]
     columns += ["peak_x", "peak_y", "boxes", "error"]
     settings = json.dumps([columns, model.settings, percentile])
-    done = finished(out / TABLE, columns, settings)
-    every = [source for path in found_files(inputs) for source in pictures_of(path)]
-    if any(source.dicom for source in every) and find_spec("highdicom") is None:
-        raise ValueError("DICOM files need the extra dicom: python -m pip install '.[dicom]'.")
+    done = finished(out / TABLE, columns, settings, {source.key for source in every})
     left = [source for source in every if source.key not in done]
     batches = [left[k : k + batch_size] for k in range(0, len(left), batch_size)]
     failed: list[Row] = []
     with (
+        warnings.catch_warnings(),  # here, as it is not for threads
         Progress() as progress,
         ThreadPoolExecutor(workers) as pool,
         (out / TABLE).open("a", newline="", encoding="utf-8") as file,
     ):
+        warnings.filterwarnings("ignore", module="highdicom")  # of names as the source has them
         task = progress.add_task("Explaining", total=len(every), completed=len(every) - len(left))
         writer = csv.DictWriter(file, columns, restval="")
         for rows in pool.map(lambda batch: [*explained(model, batch, out, percentile)], batches):
@@ -192,8 +195,12 @@ def explain_files(
     return failed
 
 
-def finished(table: Path, columns: Sequence[str], settings: str) -> set[tuple[str, str]]:
-    """Pictures whose lines are whole and without an error; the table is left with these alone.
+def finished(
+    table: Path, columns: Sequence[str], settings: str, wanted: Collection[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """Pictures whose lines are whole and without an error.
+
+    The table is left with these and with the errors of pictures that are not wanted this time.
 
     Raises:
         ValueError: If the table was made with other settings.
@@ -206,7 +213,8 @@ def finished(table: Path, columns: Sequence[str], settings: str) -> set[tuple[st
                 f"{table} is of another model or other settings; give another folder or remove it."
             )
         with table.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["error"] == ""]
+            rows = [row for row in csv.DictReader(file) if row["error"] is not None]
+        rows = [row for row in rows if not row["error"] or key_of(row) not in wanted]
     told.write_text(settings)
     part = table.with_suffix(".part")
     with part.open("w", newline="", encoding="utf-8") as file:
@@ -214,7 +222,12 @@ def finished(table: Path, columns: Sequence[str], settings: str) -> set[tuple[st
         writer.writeheader()
         writer.writerows(rows)
     part.replace(table)
-    return {(row["image"], row["frame"]) for row in rows}
+    return {key_of(row) for row in rows if not row["error"]}
+
+
+def key_of(row: Row) -> tuple[str, str]:
+    """The picture of a line."""
+    return row["image"], row["frame"]
 
 
 def explained(
@@ -231,6 +244,10 @@ def explained(
         return
     answer = model.answer(torch.stack([resize_image(image, model.size) for _, image in read]))
     for k, (source, image) in enumerate(read):
+        if not answer.map[k].isfinite().all():
+            text = f"The map of {source.path} is not finite: the model fails on this image."
+            yield {"image": source.key[0], "frame": source.key[1], "error": text}
+            continue
         size = (image.shape[1], image.shape[2])
         heat = interpolate(answer.map[k][None, None], size, mode="bilinear")[0, 0].numpy()
         shown = overlay(image, heat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -45,7 +46,7 @@ def application(
         hosts: Names that the server may be asked by: a page elsewhere cannot reach it under a
             name of its own.
     """
-    source = (files("explainers.inference") / "serve.html").read_text()
+    source = (files("explainers.inference") / "serve.html").read_text("utf-8")
     page = Environment(autoescape=True).from_string(source).render(title=title, explorer=explorer)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
@@ -98,3 +99,6 @@ def answered(
         except ValueError as error:
             told = str(error).replace(str(path), Path(name).name or "upload")
             return JSONResponse({"error": told}, 422)
+        except Exception as error:  # whatever a model fails with: the page goes on
+            logging.getLogger(__name__).exception("an upload was not explained")
+            return JSONResponse({"error": f"the model failed: {type(error).__name__}."}, 500)

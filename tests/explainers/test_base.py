@@ -173,10 +173,12 @@ def test_an_explainer_must_give_saliency() -> None:
         Nothing()  # type: ignore[abstract]
 
 
-def test_attribute_has_the_shape_of_captum() -> None:
+def test_attribute_is_the_plain_map_of_one_class_or_of_each() -> None:
     explainer = Recorder(network(2))
     target = torch.tensor([1, 0, 1])
     assert_close(explainer.attribute(images(), target)[:, 0], explainer.explain(images(), target))
+    ones = torch.ones(3, dtype=torch.int64)
+    assert_close(explainer.attribute(images(), 1)[:, 0], explainer.explain(images(), ones))
 
 
 def test_a_quantus_function_explains_the_network_that_it_is_given() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -11,11 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 from torch import Tensor
-from torch.testing import assert_close
 
-from explainers.evaluation.explorer import STEPS, Case, explorer, filters, in_levels, pack
+from explainers.evaluation.explorer import Case, content_of, explorer, filters, pack
 from explainers.evaluation.explorer import scores_of as scores_by_method
 from explainers.evaluation.metrics import (
     binary_coverage,
@@ -35,10 +35,15 @@ HOSTILE = "</script><script>alert(1)</script><b>"
 
 
 def a_map(seed: int, scale: float) -> Tensor:
-    """All levels from 0 to the highest, so that a page holds it without loss."""
-    levels = torch.randint(STEPS, (HEIGHT, WIDTH), generator=torch.Generator().manual_seed(seed))
-    levels[0, 0], levels[0, 1] = 0, STEPS
-    return scale * levels.double() / STEPS
+    """Values over many orders of magnitude, as maps have."""
+    noise = torch.randn(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return scale * (4 * noise).exp()
+
+
+def a_mask(seed: int) -> Tensor:
+    """Values near 0 or 1, as of a mask that was optimised."""
+    noise = torch.randn(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return (8 * noise).sigmoid()
 
 
 def case(k: int) -> Case:
@@ -51,9 +56,9 @@ def case(k: int) -> Case:
         {"label": "ill" if k else HOSTILE, "age": str(40 + k), "p(ill)": str(k // 2)},
         image,
         None if k == 3 else mask,
-        {"Single": a_map(k, 1 + k), "Gradient": a_map(100 + k, 1.0)},
+        {"Single": a_map(k, 1 + k), "Mask": a_mask(k)},
         {"Single": (image, 1 - image)},
-        {"Single": {"average_precision": [0.2, 0.9, 0.5][k]} if k < 3 else {}, "Gradient": {}},
+        {"Single": {"average_precision": [0.2, 0.9, 0.5][k]} if k < 3 else {}, "Mask": {}},
     )
 
 
@@ -65,19 +70,16 @@ def test_a_case_is_packed_without_loss() -> None:
     assert (held["height"], held["width"]) == (HEIGHT, WIDTH)
     bits = np.unpackbits(np.frombuffer(base64.b64decode(held["mask"]), np.uint8))
     assert (bits[: HEIGHT * WIDTH].reshape(HEIGHT, WIDTH) == np.asarray(CASES[1].mask)).all()
-    one = held["maps"][0]
-    levels = np.frombuffer(base64.b64decode(one["levels"]), "<u2").reshape(HEIGHT, WIDTH)
-    values = one["low"] + levels / STEPS * (one["high"] - one["low"])
-    assert_close(torch.from_numpy(values), CASES[1].maps["Single"])
+    values = np.frombuffer(base64.b64decode(held["maps"][0]), "<f4").reshape(HEIGHT, WIDTH)
+    assert (values == CASES[1].maps["Single"].numpy()).all()
     assert [pair is None for pair in held["generated"]] == [False, True]
 
 
-def test_unknown_and_constant_values() -> None:
+def test_unknown_values_are_the_lowest() -> None:
     saliency = torch.tensor([[torch.nan, -1.0], [1.0, 0.0]])
-    levels, low, high = in_levels(saliency)
-    assert (low, high) == (-1, 1)
-    assert levels.tolist() == [[0, 0], [STEPS, round(STEPS / 2)]]
-    assert not in_levels(torch.ones(2, 2))[0].any()
+    image = torch.zeros(3, 2, 2)
+    [held] = content_of(Case("a", {}, image, None, {"map": saliency}))["maps"]
+    assert np.frombuffer(base64.b64decode(held), "<f4").tolist() == [-1, -1, 1, 0]
 
 
 def test_facts_with_few_values_may_be_filtered_by() -> None:
@@ -177,6 +179,7 @@ def test_percentiles_of_each_tile(opened: Page) -> None:
 
 def test_keys_filters_and_order(opened: Page) -> None:
     facts = opened.locator("#x-facts")
+    opened.locator("#explorer canvas").first.click()
     assert facts.inner_text().startswith(HOSTILE)  # shown as text, run as nothing
     before = told(opened)
     opened.keyboard.press("ArrowDown")
@@ -190,13 +193,32 @@ def test_keys_filters_and_order(opened: Page) -> None:
         assert opened.is_checked(f"#x-{box}") != checked
     opened.keyboard.press("b")
     opened.wait_for_function(
-        "document.querySelector('#explorer figcaption').textContent === 'adversarial'"
+        "document.querySelector('#explorer figcaption:last-child').textContent === 'adversarial'"
     )
+    opened.locator("#x-threshold").focus()  # keys are the same there
+    opened.keyboard.press("ArrowRight")
+    expect(facts).to_have_text(re.compile("^scan 2"))
     opened.select_option("#x-filters select[name=label]", "ill")
     assert opened.inner_text("#x-count") == "3 of 4 images"
     opened.select_option("#x-order", label="highest average_precision, Single")
     listed = opened.locator("#x-cases option").all_inner_texts()
     assert listed == ["scan 1 0.900", "scan 2 0.500", "scan 3"]
+
+
+def test_keys_outside_scroll_the_page(opened: Page) -> None:
+    opened.keyboard.press("ArrowDown")
+    opened.wait_for_function("window.scrollY > 0")
+    assert opened.inner_text("#x-shown") == "95 %"
+
+
+def test_nothing_is_left_where_no_image_fits(opened: Page) -> None:
+    opened.evaluate(
+        "() => { const s = document.querySelector('#x-filters select');"
+        " s.add(new Option('none', 'none')); s.value = 'none'; s.onchange(); }"
+    )
+    assert opened.inner_text("#x-count") == "0 of 4 images"
+    assert opened.inner_text("#x-facts") == "no image"
+    assert not opened.locator("#x-panels").is_visible()
 
 
 def test_an_image_without_outline_and_a_narrow_window(opened: Page) -> None:
@@ -205,7 +227,7 @@ def test_an_image_without_outline_and_a_narrow_window(opened: Page) -> None:
     assert set(told(opened)) == {"share of the image"}
     assert opened.evaluate("document.documentElement.scrollWidth") <= 400
     second = opened.locator("#explorer .pair").nth(1)
-    assert not second.is_visible()  # Gradient generates nothing
+    assert not second.is_visible()  # Mask generates nothing
 
 
 def test_the_curve_of_the_page_is_the_protocols(opened: Page) -> None:

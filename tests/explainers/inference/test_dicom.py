@@ -12,7 +12,7 @@ import pytest
 from files import write_dicom
 from highdicom.seg import segread
 from pydicom import Dataset, dcmread
-from pydicom.uid import UltrasoundMultiFrameImageStorage
+from pydicom.uid import CTImageStorage, UltrasoundMultiFrameImageStorage
 
 from datamodules.base import data_root
 from explainers.inference.dicom import write_objects
@@ -122,6 +122,48 @@ def test_a_frame_of_an_enhanced_series_keeps_its_place(film: Path) -> None:
     [placed] = region.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence
     assert placed.ImagePositionPatient == [10, 20, 2]
     assert region.FrameOfReferenceUID == "1.2.9"
+
+
+SPACE = {
+    "FrameOfReferenceUID": "1.2.9",
+    "ImagePositionPatient": [0, 0, 0],
+    "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+    "PixelSpacing": [0.5, 0.5],
+    "SliceThickness": 2,
+}
+HEADERS: dict[str, dict[str, Any]] = {
+    "whole": {"SOPClassUID": CTImageStorage, **SPACE},
+    "thickness empty": {"SOPClassUID": CTImageStorage, **SPACE, "SliceThickness": None},
+    "position empty": {"SOPClassUID": CTImageStorage, **SPACE, "ImagePositionPatient": None},
+    "position alone": {"ImagePositionPatient": [0, 0, 0], "PixelSpacing": [0.5, 0.5]},
+    "Japanese": {
+        "SpecificCharacterSet": ["", "ISO 2022 IR 87"],
+        "PatientName": "Yamada^Tarou=\u5c71\u7530^\u592a\u90ce",
+    },
+    "lossy": {"LossyImageCompression": "01", "LossyImageCompressionRatio": 10},
+    "oblong pixels": {"PixelAspectRatio": [1, 2]},
+    "one frame": {"SOPClassUID": UltrasoundMultiFrameImageStorage, "NumberOfFrames": 1},
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_as_they_come(film: Path, name: str) -> None:
+    overlay, region = written(changed(film, **HEADERS[name]))
+    source = dcmread(film)
+    for found in (overlay, region):
+        assert str(found.PatientName) == str(source.PatientName)
+    assert sourced(region).ReferencedSOPClassUID == source.SOPClassUID
+    assert ("FrameOfReferenceUID" in region) == (name == "whole")
+    for kept in ("LossyImageCompression", "PixelAspectRatio"):
+        assert overlay.get(kept) == source.get(kept)
+    if CHECKER:
+        checked(film.parent)
+
+
+def test_a_map_without_region(film: Path) -> None:
+    overlay, region = np.zeros((16, 24, 3), np.uint8), np.zeros((16, 24), bool)
+    write_objects(film, None, overlay, region, "none", "", film.parent / "map")
+    assert [path.name for path in film.parent.glob("map*")] == ["map_overlay.dcm"]
 
 
 def test_a_file_of_no_study(film: Path) -> None:

@@ -151,6 +151,24 @@ def test_an_interrupted_call_goes_on(folder: Path) -> None:
         explain_files(stopping, [str(folder / "in")], folder / "out", percentile=101)
 
 
+def test_what_is_not_asked_for_stays_and_a_slip_leaves_nothing(folder: Path) -> None:
+    with pytest.raises(ValueError, match="names no image"):
+        explain_files(MODEL, [str(folder / "nope*")], folder / "out", percentile=50)
+    assert not (folder / "out").exists()
+    explain_files(MODEL, [str(folder / "in" / "broken.png")], folder / "out")
+    explain_files(MODEL, [str(folder / "in" / "spot.png")], folder / "out")
+    assert [Path(row["image"]).name for row in table(folder)] == ["broken.png", "spot.png"]
+
+
+def test_a_map_that_is_not_finite_is_an_error(folder: Path) -> None:
+    def lost(image: Tensor) -> Answer:
+        return bright(image)._replace(map=image.mean(1) * torch.nan)
+
+    model = MODEL._replace(answer=lost)
+    [row] = explain_files(model, [str(folder / "in" / "spot.png")], folder / "out")
+    assert row["error"].endswith("spot.png is not finite: the model fails on this image.")
+
+
 def test_files_by_name_pattern_and_table(folder: Path) -> None:
     inside = folder / "in"
     (inside / "list.csv").write_text("image,age\nspot.png,40\nbelow/film.dcm,50\n")

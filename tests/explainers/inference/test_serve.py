@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 import socket
 import threading
@@ -67,8 +68,9 @@ def test_an_upload_is_explained_at_its_own_size(client: TestClient, spot: Path) 
         "p(ill)": "0.250",
     }
     assert (answer["data"]["height"], answer["data"]["width"]) == (32, 64)
-    assert answer["data"]["maps"][0]["low"] == 0
-    assert answer["data"]["maps"][0]["high"] == pytest.approx(1, abs=1e-3)
+    heat = np.frombuffer(base64.b64decode(answer["data"]["maps"][0]), "<f4").reshape(32, 64)
+    assert heat[:, :12].min() > 0.9
+    assert heat[:, 20:].max() < 0.1
     write_image(spot.with_name("large.png"), np.zeros((20, 4000), np.uint8))
     data = ask(client, spot.with_name("large.png")).json()["data"]
     assert (data["height"], data["width"]) == (4, 768)
@@ -111,6 +113,16 @@ def test_what_is_refused(client: TestClient, spot: Path) -> None:
     assert client.post("/explain", content=b"", headers=other_page).status_code == 403
     assert client.get("/docs").status_code == 404
     assert client.get("/../pyproject.toml").status_code == 404
+
+
+def test_a_failing_model_is_told(spot: Path) -> None:
+    def fails(image: Tensor) -> Answer:
+        raise RuntimeError("out of memory")
+
+    app = page_of(MODEL._replace(answer=fails), "", LIMIT, LOCAL)
+    told = ask(TestClient(app, "http://localhost"), spot)
+    assert told.status_code == 500
+    assert told.json() == {"error": "the model failed: RuntimeError."}
 
 
 def test_the_page_escapes_and_allows_nothing_from_elsewhere(client: TestClient) -> None:
@@ -221,3 +233,8 @@ def test_the_command_serves_a_checkpoint_on_this_machine_alone(
     answer = ask(TestClient(served["app"], "http://127.0.0.1"), spot).json()
     assert set(answer["facts"]) == {"decision", "p(healthy)", "p(opacity)"}
     assert answer["data"]["generated"][0] is not None
+    with pytest.raises(ValueError, match=r"host '0\.0\.0\.0' is every address of this machine"):
+        main(["serve", str(phantom_single), "--host", "0.0.0.0"])
+    monkeypatch.setattr("explainers.__main__.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="serve needs the extra serve"):
+        main(["serve", str(phantom_single)])
