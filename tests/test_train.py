@@ -164,6 +164,25 @@ def test_tensorboard_read_back(train: Train, phantom_single: Path, tmp_path: Pat
     assert not (tmp_path / "metrics.csv").exists()
 
 
+def test_wandb_is_told_which_classifier_is_explained(
+    train: Callable[..., None],
+    phantom_classifier: Path,
+    phantom_single: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "classifier" / "wandb" / "run-20260101_000000-a1").mkdir(parents=True)
+    network = Path(shutil.copy(phantom_classifier, tmp_path / "classifier"))
+    declared: list[list[str]] = []
+    monkeypatch.setattr("train.declare_inputs", lambda run, names: declared.append(names))
+    train(
+        *("fit", "-c", phantom_single.parent / "preset.yaml", "--model.network", network),
+        *("--out", tmp_path / "single", "--logging", "wandb", "--trainer.max_epochs", "1"),
+        *("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"),
+    )
+    assert declared == [["model-a1:best"]]
+
+
 def test_offline_wandb_run_read_back(phantom_single: Path) -> None:
     (file,) = phantom_single.parent.glob("wandb/offline-run-*/*.wandb")
     records = list(wandb_records(file))

@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from highdicom.seg import segread
 from offline import wandb_records
 from PIL import Image
+from pydicom import dcmread
 
 from datamodules import Phantom
-from datamodules.base import Loading
+from datamodules.base import Loading, data_root
 from explainers import MaskGenerator, load_explainer
 from explainers.__main__ import explain, export, main
 from explainers.views import Views
 
 ROOT = Path(__file__).parents[2]
+REAL = sorted((data_root() / "dicom").glob("*.dcm"))
 DATA = {"train": 96, "val": 15, "test": 13, "loading": {"size": 32, "batch_size": 4}}
 
 
@@ -113,6 +116,23 @@ def test_files_explained_by_the_exported_model(
         explain(str(exported[0] / "model.onnx"), inputs, str(tmp_path / "x"), smoothing=0.1)
     with pytest.raises(ValueError, match=r"card\.json is missing: keep it beside the model"):
         explain(str(tmp_path / "model.onnx"), inputs, str(tmp_path / "x"))
+
+
+@pytest.mark.skipif(not REAL, reason="needs data/dicom")
+def test_real_dicom_files_are_explained_by_the_exported_model(
+    exported: tuple[Path, str], tmp_path: Path
+) -> None:
+    main(["explain", str(exported[0] / "model.onnx"), *map(str, REAL), "-o", str(tmp_path)])
+    for path in REAL:
+        source = dcmread(path, stop_before_pixels=True)
+        [heat] = tmp_path.glob(f"{path.stem}_*.npy")
+        values = np.load(heat)
+        region = segread(heat.with_name(f"{heat.stem}_region.dcm"))
+        assert (region.pixel_array == (values > np.percentile(values, 95))).all()
+        assert region.get_source_image_uids()[0][2] == source.SOPInstanceUID
+        overlay = dcmread(heat.with_name(f"{heat.stem}_overlay.dcm"))
+        assert (overlay.pixel_array == np.asarray(Image.open(heat.with_suffix(".png")))).all()
+        assert overlay.StudyInstanceUID == region.StudyInstanceUID == source.StudyInstanceUID
 
 
 def test_an_explainer_that_looks_up_its_generator_is_refused(
