@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property, partial
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pandas as pd
@@ -38,6 +41,8 @@ from datamodules.base import ImageDataModule, collate
 from datamodules.summary import content_of_module, sizes
 from explainers import attribution
 from explainers.base import Explainer
+from explainers.batches import limit_memory
+from explainers.command import plainly
 from explainers.evaluation import agreement as groups_of
 from explainers.evaluation import compare as scoring
 from explainers.evaluation import pictures, published, report
@@ -54,7 +59,7 @@ from explainers.evaluation.thresholds import Sweep
 from explainers.learned import LearnedExplainer, load_explainer
 from explainers.tracking import artifact_names, declare_inputs, log_files, wandb_mode
 from explainers.views import Views
-from train import plainly
+from explainers.whole import write_whole
 
 Method = Callable[[Network], Explainer]
 GALLERY = 8  # rows of pictures on a page; the explorer shows the others
@@ -76,6 +81,8 @@ def compare(
     devices: int = 1,
     accelerator: str = "auto",
     logging: Literal["off", "wandb"] = "off",
+    memory_megabytes: int | None = None,
+    ids: Literal["hashed", "own"] = "hashed",
 ) -> None:
     """Score explainers side by side; writes table.csv, table.md, scores.csv and report.html.
 
@@ -95,13 +102,17 @@ def compare(
         reference: Method whose best row the others are held against, beside the best control's.
         out: Folder that everything is written to.
         pictured: Images in the page's explorer, the first annotated ones as a gallery too; methods
-            that are limited to fewer are left out of both.
+            that are limited to fewer are left out of both; 0 is none.
         seed: Of everything that draws.
         devices: Processes.
         accelerator: Where they run.
         logging: wandb keeps the tables and plots there too, offline without a key.
+        memory_megabytes: Most memory of each process, or of its GPU, while methods work: their
+            batches are halved until they fit; ``data.loading.batch_size`` must fit by itself.
+        ids: Of images in what W&B gets; hashed leaves out the groups and columns of a table too.
     """
-    keep_freed_memory()
+    if memory_megabytes is None:
+        keep_freed_memory()
     seed_everything(seed, verbose=False)
     strategy = "ddp" if devices > 1 else "auto"
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy)
@@ -118,6 +129,8 @@ def compare(
     others = built(methods or {}, network)
     entries = [scoring.Entry(name, one) for name, one in (learned | others).items()]
     entries += controls(network, data, seed)
+    if memory_megabytes is not None:
+        limit_memory(memory_megabytes, fabric.device)
     protocol = scoring.Protocol(split, views, smoothing, checked_limits(limits or {}, entries))
     groups = {record.id: record.group for record in data.splits[split]}
     images = scoring.classified(network, data.loader(split), groups, fabric.device)
@@ -139,12 +152,22 @@ def compare(
             "Checkpoints": ", ".join(f"{name}: {path}" for name, path in sources.items()),
         }
         cases = pictured_images(entries, results, data, protocol, pictured, fabric.device)
-        write_page(Path(out), results, shown, protocol, type(data).__name__, facts, cases)
+        write = partial(page_of, Path(out), results, shown, protocol, type(data).__name__, facts)
+        write_whole(Path(out) / "report.html", write(cases))
         if logging == "wandb":
-            log_to_wandb(Path(out), shown, sources.values(), cases)
+            told = cases if ids == "own" else [nameless(case) for case in cases]
+            log_to_wandb(Path(out), shown, sources.values(), told, write(told))
 
 
-def write_page(
+def nameless(case: Case) -> Case:
+    """A case under a hash of its id, with nothing from the user's table."""
+    name = sha256(case.name.encode()).hexdigest()[:12]
+    ours = ("label", "decision", "correct")
+    facts = {k: v for k, v in case.facts.items() if k in ours or k.startswith("p(")}
+    return replace(case, name=name, facts=facts)
+
+
+def page_of(
     out: Path,
     results: Results,
     shown: Mapping[str, pd.DataFrame],
@@ -152,8 +175,8 @@ def write_page(
     data: str,
     facts: Mapping[str, str],
     cases: Sequence[Case],
-) -> None:
-    """Write report.html: protocol and other facts, tables, plots, explorer and pictures."""
+) -> str:
+    """The page report.html: protocol and other facts, tables, plots, explorer and pictures."""
     masked = results.scores.query("metric == 'average_precision'")["id"].nunique()
     known = {
         "Data": f"{data}, {protocol.split} split, {len(results.images)} images, {masked} with a "
@@ -163,9 +186,8 @@ def write_page(
     }
     plots = {path.stem: path.read_bytes() for path in sorted(out.glob("*.png"))}
     title, told = "Explainers compared", {**known, **facts}
-    gallery = report.gallery_of([case for case in cases if case.mask is not None][:GALLERY])
-    page = report.html_page(title, told, shown, gallery, plots, explorer(cases))
-    (out / "report.html").write_text(page, "utf-8")
+    gallery = report.gallery_of(cases, GALLERY)
+    return report.html_page(title, told, shown, gallery, plots, explorer(cases))
 
 
 def log_to_wandb(
@@ -173,26 +195,34 @@ def log_to_wandb(
     shown: Mapping[str, pd.DataFrame],
     sources: Iterable[str] = (),
     cases: Sequence[Case] = (),
+    page: str = "",
 ) -> None:
     """Log a folder of results as a run of its own.
 
     Args:
-        out: Folder; its page, tables and plots become an artifact.
+        out: Folder; its tables and plots become an artifact.
         shown: Tables.
         sources: Checkpoints that the results are of: the run's lineage.
         cases: Images; the maps of the first are logged as a table.
+        page: Becomes report.html of the artifact.
     """
     tables = {**shown, "Long form": pd.read_csv(out / "table.csv")}
     name = "/".join(out.parts[-2:])
     inputs = artifact_names(sources)
-    with wandb.init(project="simadv", name=name, dir=out, mode=wandb_mode()) as run:
+    left = [*sorted(out.glob("table.*")), *sorted(out.glob("*.png"))]
+    with (
+        TemporaryDirectory() as folder,
+        wandb.init(project="simadv", name=name, dir=out, mode=wandb_mode()) as run,
+    ):
+        if page:
+            left.append(Path(folder) / "report.html")
+            left[-1].write_text(page, "utf-8")
         declare_inputs(run, inputs)
         run.log({key: wandb.Table(dataframe=table) for key, table in tables.items()})
         run.log({path.stem: wandb.Image(path) for path in sorted(out.glob("*.png"))})
         if cases:
             run.log({"Maps": map_table(cases[:GALLERY])})
-        left = [out / "report.html", *sorted(out.glob("table.*")), *sorted(out.glob("*.png"))]
-        log_files(run, name, "report", [path for path in left if path.exists()])
+        log_files(run, name, "report", left)
 
 
 def map_table(cases: Sequence[Case]) -> wandb.Table:
@@ -668,7 +698,7 @@ def agreement(
     titles = {"agreement": "Images by group", "agreement_cases": "Cases by group"}
     shown_tables = {titles[name]: table.round(3) for name, table in tables.items()}
     page = report.html_page("Agreement by group", facts, shown_tables, captioned)
-    (Path(out) / "agreement.html").write_text(page, "utf-8")
+    write_whole(Path(out) / "agreement.html", page)
 
 
 def built(methods: Mapping[str, Method], network: Network) -> dict[str, Explainer]:
@@ -789,6 +819,8 @@ def pictured_images(
     }
     cases: list[Case] = []
     for batch in data.loader(protocol.split):
+        if len(cases) >= count:
+            break
         image = batch["image"][: count - len(cases)].to(device)
         maps = {}
         for entry in shown:
@@ -814,8 +846,6 @@ def pictured_images(
                     scores_of(scores.get(name, results.scores[:0]), forms),
                 )
             )
-        if len(cases) >= count:
-            break
     return cases
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-import classifiers  # noqa: F401  short class names in configs
+import classifiers.classifier  # noqa: F401  short class names in configs
 import datamodules  # noqa: F401
-import explainers  # noqa: F401
+import explainers.learned  # noqa: F401
+from classifiers.checkpoints import Checkpoints, WholeFiles
+from classifiers.companions import Companions
 from classifiers.memory import keep_freed_memory
+from classifiers.network import read_checkpoint
+from classifiers.nonfinite import NonFinite
 from datamodules.base import ImageDataModule
-from explainers.tracking import artifact_names, declare_inputs, wandb_mode
+from explainers.batches import out_of_memory, peak_memory
+from explainers.command import plainly
+from explainers.loggers import SteadyCSV, SteadyWandb
+from explainers.tracking import artifact_names, declare_inputs
 
 
 class LoggedConfig(SaveConfigCallback):
@@ -39,21 +44,6 @@ class LoggedConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             logger.log_hyperparams(plain)
         self.already_saved = True
-
-
-class Checkpoints(ModelCheckpoint):
-    """The best epoch's checkpoint, and last.ckpt after every validation of a training.
-
-    Lightning's own ``save_last`` writes last.ckpt only in epochs that are the best so far.
-    """
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best, then the last."""
-        super().on_validation_end(trainer, pl_module)
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.last_model_path = f"{self.dirpath}/last.ckpt"
-            trainer.save_checkpoint(self.last_model_path)
 
 
 class TrainCLI(LightningCLI):
@@ -79,6 +69,19 @@ class TrainCLI(LightningCLI):
             default="wandb",
             help="wandb (offline without a key; metrics.csv too), csv, tensorboard or off.",
         )
+        parser.add_argument(
+            "--last_every_n_steps",
+            type=int,
+            default=0,
+            help="Write last.ckpt after so many steps of an epoch too; 0: after validations alone.",
+        )
+        parser.add_argument(
+            "--on_nonfinite",
+            type=str,
+            choices=["stop", "skip"],
+            default="stop",
+            help="stop training at a loss or gradient that is not finite, or skip its step.",
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
@@ -87,6 +90,13 @@ class TrainCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning looks for hyperparameters in a checkpoint: a damaged one is told before."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and Path(path).is_file():
+            read_checkpoint(path)
+        super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
         """Put everything that a run writes into its folder, and keep what a fit wrote there."""
@@ -106,14 +116,29 @@ class TrainCLI(LightningCLI):
             resumed = self.subcommand == "fit" and config.ckpt_path is not None
             folder = config.trainer.default_root_dir
             kwargs["logger"] = build_loggers(config.logging, folder, resumed)
-        return super().instantiate_trainer(**kwargs)
+        if config.trainer.plugins is None:
+            kwargs["plugins"] = [WholeFiles()]
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(0, Companions())  # type: ignore[attr-defined]
+        if self.subcommand == "fit":
+            trainer.callbacks.insert(0, NonFinite(config.on_nonfinite))  # type: ignore[attr-defined]
+            trainer.checkpoint_callback.steps = config.last_every_n_steps  # type: ignore[union-attr]
+        return trainer
+
+    def after_fit(self) -> None:
+        """Tell how much memory training took."""
+        device = self.trainer.strategy.root_device
+        place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the process"
+        peak = peak_memory(device) / 2**20
+        print(f"Peak memory of {place}, rank {self.trainer.global_rank}: {peak:.0f} MB")
 
     def before_fit(self) -> None:
-        """Tell W&B which classifier an explainer is trained for."""
-        network = self.config.fit.model.get("init_args", {}).get("network")
-        for logger in self.trainer.loggers if isinstance(network, str) else ():
+        """Tell W&B which classifier, or which teacher, an explainer is trained for."""
+        given = self.config.fit.model.get("init_args", {})
+        source = given.get("teacher", given.get("network"))
+        for logger in self.trainer.loggers if isinstance(source, str) else ():
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
-                declare_inputs(logger.experiment, artifact_names([network]))
+                declare_inputs(logger.experiment, artifact_names([source]))
 
 
 def build_loggers(kind: str, folder: str, resumed: bool = False) -> list[Logger]:
@@ -126,40 +151,43 @@ def build_loggers(kind: str, folder: str, resumed: bool = False) -> list[Logger]
         return []
     if kind == "tensorboard":
         return [TensorBoardLogger(folder, name="", version="tensorboard")]
-    loggers: list[Logger] = [CSVLogger(folder, name="", version=None if resumed else "")]
+    loggers: list[Logger] = [SteadyCSV(folder, name="", version=None if resumed else "")]
     if kind == "wandb":
         Path(folder).mkdir(parents=True, exist_ok=True)
         name = "/".join(Path(folder).parts[-2:])
-        mode = wandb_mode()  # the logger's own "offline" would refuse checkpoints as artifacts
-        wandb_logger = WandbLogger(name, folder, project="simadv", log_model=True, mode=mode)
-        loggers.append(wandb_logger)
+        loggers.append(SteadyWandb(name, folder))
     return loggers
 
 
 def main(args: list[str] | None = None) -> TrainCLI:
     """Run the command line."""
     keep_freed_memory()
-    return TrainCLI(
-        LightningModule,
-        ImageDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_callback=LoggedConfig,
-        trainer_defaults={"callbacks": [RichProgressBar()]},
-        args=args,
-    )
+    with advising():
+        return TrainCLI(
+            LightningModule,
+            ImageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=LoggedConfig,
+            trainer_defaults={"callbacks": [RichProgressBar()]},
+            args=args,
+        )
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """Bad input ends a command with its sentence; SIMADV_TRACEBACK=1 shows where it arose."""
+def advising() -> Iterator[None]:
+    """Where memory runs out, a ValueError tells what to set."""
     try:
         yield
-    except ValueError as error:
-        if os.environ.get("SIMADV_TRACEBACK"):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
-        sys.exit(f"error: {error}")
+        raise ValueError(
+            "memory ran out: lower data.loading.batch_size and raise "
+            "trainer.accumulate_grad_batches by as much, or, on a GPU, set trainer.precision to "
+            "bf16-mixed; then go on with --ckpt_path last."
+        ) from error
 
 
 if __name__ == "__main__":

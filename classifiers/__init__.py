@@ -1,7 +1,6 @@
 """The classifiers that are explained: a plain network and the module that trains it."""
 
-from classifiers.classifier import Classifier
-from classifiers.network import Network, load_network
-from classifiers.optimisation import Optimisation
+import lazy_loader
 
-__all__ = ["Classifier", "Network", "Optimisation", "load_network"]
+# Names are in __init__.pyi, each imported at its first use: Lightning takes seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

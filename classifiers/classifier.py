@@ -20,7 +20,7 @@ from torchmetrics.classification import (
 from torchmetrics.functional.classification import binary_roc
 
 from classifiers.network import Network, check_classes, decide, probabilities
-from classifiers.optimisation import Optimisation
+from classifiers.optimisation import Optimisation, check_plan
 
 
 class Classifier(LightningModule):
@@ -83,6 +83,10 @@ class Classifier(LightningModule):
             labels = torch.tensor([record.label for record in data.splits["train"]])  # type: ignore[union-attr]
             counts = labels.bincount(minlength=len(names)).clamp(min=1)
             self.class_weight = (counts.sum() / (len(names) * counts)).to(self.class_weight)
+
+    def on_train_start(self) -> None:
+        """Check that a resumed schedule reaches to the end."""
+        check_plan(self.trainer)
 
     def loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Weighted cross-entropy, binary for one logit."""

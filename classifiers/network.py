@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
+from pickle import UnpicklingError
+from reprlib import repr as shortened
+from textwrap import shorten
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+Built = TypeVar("Built", bound=nn.Module)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -315,10 +322,30 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         ValueError: If the file cannot be read.
     """
     try:
+        check_whole(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # torch's own text advises to execute it
+        raise ValueError(
+            f"checkpoint {str(path)!r} cannot be read: it is damaged, or holds more than tensors "
+            "and plain values, and nothing of it was executed; give one that train.py wrote."
+        ) from error
     except Exception as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {one_line(error)}.") from error
     return content if isinstance(content, Mapping) else {}
+
+
+def check_whole(path: str | Path) -> None:
+    """Compare each part of a file that torch wrote with its checksum, which torch does not.
+
+    Raises:
+        ValueError: If a part differs.
+    """
+    if not zipfile.is_zipfile(path):  # of torch's older format, or none of torch's
+        return
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"{damaged!r} in it is damaged; take an undamaged copy.")
 
 
 def network_from(content: Mapping[str, object], source: str) -> Network:
@@ -328,7 +355,121 @@ def network_from(content: Mapping[str, object], source: str) -> Network:
         raise ValueError(
             f"checkpoint {source!r} holds no network; give a checkpoint that train.py wrote."
         )
-    network = Network(**{**recipe, "weights": None})
     prefix = "network."
-    network.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-    return network.eval().requires_grad_(False)
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in checked_state(state, source).items()
+        if name.startswith(prefix)
+    }
+    check_recipe(recipe, source)
+    build = partial(Network, **{**recipe, "weights": None})
+    own = not is_listed(recipe["backbone"])
+    return filled(build, weights, source, outlined=not own).eval().requires_grad_(False)
+
+
+def filled(
+    build: Callable[[], Built], state: Mapping[str, Tensor], source: str, outlined: bool = True
+) -> Built:
+    """What a file describes, with the weights that it holds.
+
+    Args:
+        build: Builds it from the file's description, untrained.
+        state: The file's weights.
+        source: Name of the file.
+        outlined: Build it without memory first, as a file may ask for any size.
+
+    Raises:
+        ValueError: If it cannot be built, or has other weights than the file.
+    """
+    try:
+        if outlined:
+            check_shapes(outline(build), state)
+        module = build()
+        check_shapes(module, state)
+    except Exception as error:  # whatever foreign arguments make a constructor stumble over
+        raise ValueError(
+            f"checkpoint {source!r} cannot be rebuilt: {one_line(error)}; give one that train.py "
+            "of this version wrote."
+        ) from error
+    module.load_state_dict(state)
+    return module
+
+
+def outline(build: Callable[[], Built]) -> Built:
+    """A module without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # RegNets look at tensors meanwhile, and none is of absurd size
+        return build()
+
+
+def check_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a file has other weights than a module, or of other shapes."""
+    own = module.state_dict()
+    if differ := sorted(own.keys() ^ state.keys()):
+        first = f"{differ[0]!r} {'is missing' if differ[0] in own else 'has no place'}"
+        raise ValueError(f"of its weights {len(differ)} are not as described, {first}")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            shapes = tuple(state[name].shape), tuple(value.shape)
+            raise ValueError(f"{name!r} has the shape {shapes[0]}, but is described as {shapes[1]}")
+
+
+def checked_state(state: Mapping[str, object], source: str) -> Mapping[str, Tensor]:
+    """A file's weights; a ValueError where one is not a plain tensor that lies there as a whole."""
+    for name, value in state.items():
+        if not (
+            isinstance(name, str)
+            and isinstance(value, Tensor)
+            and (value.layout, value.device.type) == (torch.strided, "cpu")
+            and not value.is_quantized
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        ):
+            raise ValueError(
+                f"checkpoint {source!r} cannot be read: {shortened(name)} is not a plain tensor "
+                "with all its values in the file; give one that train.py wrote."
+            )
+    return state  # type: ignore[return-value]
+
+
+def check_recipe(recipe: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError where a file's recipe is not plain, or would run what nobody allowed."""
+    backbone, names = recipe.get("backbone"), recipe.get("class_names")
+    if not isinstance(backbone, str):
+        raise ValueError(f"checkpoint {source!r} names no backbone, but {shortened(backbone)}.")
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
+        or len(set(names)) < max(len(names), 2)
+    ):
+        raise ValueError(
+            f"class_names of checkpoint {source!r} must be two or more texts, each another, but "
+            f"are {shortened(names)}."
+        )
+    module, _, name = backbone.rpartition(".")
+    imported = getattr(sys.modules.get(module), name, None)
+    known = isinstance(imported, type) and issubclass(imported, nn.Module)
+    if "." in backbone and not (known or is_listed(backbone) or is_trusted(backbone)):
+        raise ValueError(
+            f"checkpoint {source!r} names the class {backbone!r}, which no file may import by "
+            f"itself: if you trust it, import {module!r} before or set SIMADV_TRUST={backbone}."
+        )
+
+
+def is_trusted(name: str) -> bool:
+    """Whether the user lets this run: SIMADV_TRUST holds names of classes and files, by commas."""
+    return name in os.environ.get("SIMADV_TRUST", "").split(",")
+
+
+def is_listed(backbone: str) -> bool:
+    """Whether a backbone is torchvision's or timm's."""
+    import timm
+    from torchvision import models
+
+    return backbone in models.list_models(module=models) or timm.is_model(backbone)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one short line without a full stop."""
+    return shorten(str(error), 300).rstrip(".") or type(error).__name__

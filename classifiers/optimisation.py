@@ -61,10 +61,30 @@ class Optimisation:
             }
         if self.schedule == "constant":
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": ConstantLR(optimizer, 1)}}
-        steps = int(trainer.estimated_stepping_batches)
+        steps = _steps(trainer)
         by_step = (
             OneCycleLR(optimizer, self.learning_rate, steps)
             if self.schedule == "one_cycle"
             else CosineAnnealingLR(optimizer, steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": by_step, "interval": "step"}}
+
+
+def check_plan(trainer: Trainer) -> None:
+    """Compare the steps that a schedule was planned for, in a resumed training, with those to come.
+
+    Raises:
+        ValueError: If there are more; "one_cycle" has no rate for them, "cosine" goes up again.
+    """
+    for config in trainer.lr_scheduler_configs:
+        plan = config.scheduler.state_dict()
+        planned, steps = plan.get("total_steps", plan.get("T_max")), _steps(trainer)
+        if planned is not None and steps > planned:
+            raise ValueError(
+                f"the schedule of the resumed training was planned for {planned} steps, but "
+                f"{steps} are asked for; keep max_epochs as it was, or start anew."
+            )
+
+
+def _steps(trainer: Trainer) -> int:
+    return int(trainer.estimated_stepping_batches)

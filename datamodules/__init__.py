@@ -9,6 +9,7 @@ from datamodules.isic import ISIC2018
 from datamodules.phantom import Phantom
 from datamodules.relabelled import Relabelled
 from datamodules.rsna import RSNAPneumonia
+from datamodules.shards import Shards
 from datamodules.siim import SIIMPneumothorax
 from datamodules.vindr import VinDrCXR
 
@@ -23,5 +24,6 @@ __all__ = [
     "RSNAPneumonia",
     "Relabelled",
     "SIIMPneumothorax",
+    "Shards",
     "VinDrCXR",
 ]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int8, UInt8, UInt16
+from jaxtyping import Bool, Float, Int8, Real, UInt8, UInt16
 from kornia.augmentation import (
     AugmentationSequential,
     RandomAffine,
@@ -21,9 +23,12 @@ from kornia.augmentation import (
     RandomVerticalFlip,
 )
 from lightning.pytorch import LightningDataModule
-from sklearn.model_selection import StratifiedGroupKFold
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from datamodules.images import BadImage
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -83,13 +88,13 @@ class Sample:
     """One image as read.
 
     Attributes:
-        image: Values in [0, 1].
+        image: Values in [0, 1], or integers of 8 or 16 bit that `unpack` brings there.
         mask: Its evidence, the union of all; None if it is not annotated.
         features: Masks by name, where the data set tells several kinds of evidence apart.
         importance: Level of each pixel's region, where the data set has levels.
     """
 
-    image: Float[Tensor, "c h w"]
+    image: Real[Tensor, "c h w"]
     mask: Bool[Tensor, "h w"] | None
     features: Mapping[str, Bool[Tensor, "h w"]] = field(default_factory=dict)
     importance: Int8[Tensor, "h w"] | None = None
@@ -104,16 +109,22 @@ class Loading:
         channels: 1 reads grey, 3 reads RGB.
         batch_size: Images per step and process.
         workers: Worker processes of each loader.
+        bits: Of the values that a data set which is decoded once (RSNAPneumonia) keeps: 8 or 16.
         in_memory: Keep every image in memory after its first reading, one byte a value where its
             values are multiples of 1/255, else two, which rounds them to 1/65535. Every process
             and every worker keeps what it has read itself.
+        on_bad_image: A file that cannot be read is an error where it is met, or "skip": all images
+            are read once by ``setup`` (decoded once by ``prepare_data``), each bad file is told by
+            name, and its image is left out; the others stay in their splits.
     """
 
     size: int = 224
     channels: Literal[1, 3] = 1
     batch_size: int = 32
     workers: int = 0
+    bits: Literal[8, 16] = 8
     in_memory: bool = True
+    on_bad_image: Literal["error", "skip"] = "error"
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,52 @@ class EvenBatches(DistributedSampler[list[int]]):
 
 
 Item = tuple[Record, Sample]
-Packed = tuple[Tensor, Sample]  # image of integers, the sample without it
+
+
+class TrainingOrder(DistributedSampler[Item | list[Item]]):
+    """Training images in the order of the seed and the epoch.
+
+    Attributes:
+        start: How many to leave out, once, because a training that stopped has seen them.
+    """
+
+    start = 0
+
+    def __iter__(self) -> Iterator[Item | list[Item]]:
+        """Yield the indices of this process."""
+        start, self.start = self.start, 0
+        return islice(super().__iter__(), start, None)
+
+
+class TrainingLoader(DataLoader[Item | list[Item]]):
+    """Batches that go on where a training stopped: Lightning keeps their count in its checkpoints.
+
+    The workers begin when the first batch is asked for: the sampler knows its epoch then.
+    """
+
+    sampler: TrainingOrder
+    seen = given = 0  # batches left out at the next start; batches given since the last
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # of what collate makes
+        """Yield the batches of an epoch, of the first one after a stop those that are left."""
+        seen, self.seen = self.seen, 0
+        return self.batches(seen)
+
+    def batches(self, seen: int) -> Iterator[Batch]:
+        """Yield the batches after the first ``seen``."""
+        assert self.batch_size is not None
+        self.sampler.start, self.given = seen * self.batch_size, seen
+        for batch in super().__iter__():
+            self.given += 1
+            yield cast("Batch", batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches the epoch gave."""
+        return {"given": self.given}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Leave out the batches that were given, in the first epoch."""
+        self.seen = state["given"]
 
 
 class Images(Dataset[Item | list[Item]]):
@@ -193,14 +249,14 @@ class Images(Dataset[Item | list[Item]]):
     Args:
         records: The images of one split.
         read: Reads one of them.
-        kept: Packed images by id, filled as they are read; None keeps nothing.
+        kept: Samples by id with packed images, filled as they are read; None keeps nothing.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
         read: Callable[[Record], Sample],
-        kept: dict[str, Packed] | None = None,
+        kept: dict[str, Sample] | None = None,
     ) -> None:
         self.records, self.read, self.kept = records, read, kept
 
@@ -219,22 +275,51 @@ class Images(Dataset[Item | list[Item]]):
             return record, self.read(record)
         if record.id not in self.kept:
             sample = self.read(record)
-            self.kept[record.id] = pack(sample.image), replace(sample, image=sample.image[:0])
-        image, rest = self.kept[record.id]
-        return record, replace(rest, image=unpack(image))
+            self.kept[record.id] = replace(sample, image=pack(sample.image))
+        return record, self.kept[record.id]
 
 
-def pack(image: Float[Tensor, "c h w"]) -> UInt8[Tensor, "c h w"] | UInt16[Tensor, "c h w"]:
+class Reasons(Dataset[str]):
+    """What keeps each image from being read; "" where nothing does."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        """Images of the split."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> str:
+        """Read one image."""
+        try:
+            self.images.item(index)
+        except BadImage as error:
+            return str(error)
+        return ""
+
+
+def pack(image: Real[Tensor, "c h w"]) -> UInt8[Tensor, "c h w"] | UInt16[Tensor, "c h w"]:
     """Image in [0, 1] as bytes where no value moves by more than 1e-6, else as 16-bit integers."""
+    if not image.is_floating_point():
+        return image
     byte = (image * 255).round()
     if bool(((byte / 255 - image).abs() <= 1e-6).all()):
         return byte.to(torch.uint8)
     return (image * 65535).round().to(torch.uint16)
 
 
-def unpack(packed: UInt8[Tensor, "c h w"] | UInt16[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
-    """Undo ``pack``."""
-    return packed.float() / (255 if packed.dtype == torch.uint8 else 65535)
+def unpack(packed: Real[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Undo ``pack``; what is not packed stays as it is."""
+    if packed.is_floating_point():
+        return packed
+    return packed.float().div_(255 if packed.dtype == torch.uint8 else 65535)
+
+
+def stacked(images: Sequence[Real[Tensor, "c h w"]]) -> Float[Tensor, "b c h w"]:
+    """Images, packed or not, as a batch of values in [0, 1]."""
+    if len({image.dtype for image in images}) == 1:
+        return unpack(torch.stack(list(images)))  # at once, which is several times faster
+    return torch.stack([unpack(image) for image in images])
 
 
 def collate(items: Sequence[Item], feature_names: Sequence[str] = ()) -> Batch:
@@ -248,7 +333,7 @@ def collate(items: Sequence[Item], feature_names: Sequence[str] = ()) -> Batch:
     levels = [level if sample.importance is None else sample.importance for sample in samples]
     names = dict.fromkeys(name for record in records for name in record.columns)
     return Batch(
-        image=torch.stack([sample.image for sample in samples]),
+        image=stacked([sample.image for sample in samples]),
         label=torch.tensor([record.label for record in records]),
         mask=mask,
         has_mask=mask.flatten(1).any(1),
@@ -285,6 +370,8 @@ def split_by_seed(
     Raises:
         ValueError: If there are too few images or groups for so many folds.
     """
+    from sklearn.model_selection import StratifiedGroupKFold  # slow to import
+
     owners = [(record.group, "" if record.group else record.id) for record in records]
     number = {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
     if len(number) < folds:
@@ -312,6 +399,15 @@ def processes() -> tuple[int, int]:
     return distributed.get_world_size(), distributed.get_rank()
 
 
+def gathered(mine: dict[str, str]) -> dict[str, str]:
+    """What all processes have found, the same on each."""
+    count, _ = processes()
+    parts = [mine] * count
+    if count > 1:
+        distributed.all_gather_object(parts, mine)
+    return {name: text for part in parts for name, text in part.items()}
+
+
 class ImageDataModule(LightningDataModule, ABC):
     """Splits, loaders and augmentation; a subclass lists its records and reads one of them.
 
@@ -328,6 +424,7 @@ class ImageDataModule(LightningDataModule, ABC):
             carry evidence, which a mask may outline.
         feature_names: Kinds of evidence that have masks of their own; none by default.
         splits: Records of each split, from ``setup`` on.
+        skipped: Why images were left out, by id; see ``Loading.on_bad_image``.
 
     Raises:
         ValueError: If ``fold`` is outside 0 .. folds - 1, or ``folds`` below 3.
@@ -353,7 +450,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self.augment = augmentation.build() if augmentation else None
         self.seed, self.fold, self.folds = seed, fold, folds
         self.splits: dict[Split, list[Record]] = {}
-        self.kept: dict[str, Packed] | None = {} if self.loading.in_memory else None
+        self.skipped: dict[str, str] = {}
+        self.kept: dict[str, Sample] | None = {} if self.loading.in_memory else None
 
     @abstractmethod
     def records(self) -> list[Record]:
@@ -371,21 +469,52 @@ class ImageDataModule(LightningDataModule, ABC):
                 two splits, or a split is empty.
         """
         if not self.splits:
-            self.splits = self.divide(self.records())
+            splits = self.divide(self.records())
+            self.splits = self.readable(splits) if self.loading.on_bad_image == "skip" else splits
 
     def divide(self, records: Sequence[Record]) -> dict[Split, list[Record]]:
         """Records of each split, by the table or by the seed, checked."""
         for name, count in Counter(record.id for record in records).items():
             if count > 1:
                 raise ValueError(f"Image ids must be unique, but {name!r} comes {count} times.")
-        splits = self.draw(records)
+        return self.filled(self.draw(records))
+
+    def filled(self, splits: dict[Split, list[Record]]) -> dict[Split, list[Record]]:
+        """The splits, none of which is empty."""
         for split, members in splits.items():
             if not members:
                 raise ValueError(
                     f"Every split needs an image, but {split!r} of {type(self).__name__} "
-                    f"({len(records)} images in all) is empty."
+                    f"({sum(map(len, splits.values()))} images in all) is empty."
                 )
         return splits
+
+    def readable(self, splits: dict[Split, list[Record]]) -> dict[Split, list[Record]]:
+        """The splits without images that cannot be read; each is told once.
+
+        They are the same on every process, as processes of unequal batches wait for each other.
+        """
+        every = [record for members in splits.values() for record in members]
+        self.skipped = self.bad_images(every)
+        if processes()[1] == 0:
+            for reason in self.skipped.values():
+                warnings.warn(f"Left out: {reason}", stacklevel=3)
+        return self.filled(
+            {
+                split: [record for record in members if record.id not in self.skipped]
+                for split, members in splits.items()
+            }
+        )
+
+    def bad_images(self, records: Sequence[Record]) -> dict[str, str]:
+        """Why images cannot be read, by id; all are read, shared by the processes."""
+        (count, rank), workers = processes(), self.loading.workers
+        mine = records[rank::count]
+        images = Images(mine, self.read, None if workers else self.kept)
+        loader = DataLoader(Reasons(images), None, num_workers=workers)
+        console = Console(stderr=True)
+        told = track(loader, "Checking images", len(mine), console=console, disable=rank > 0)
+        return gathered({r.id: why for r, why in zip(mine, told, strict=True) if why})
 
     def draw(self, records: Sequence[Record]) -> dict[Split, list[Record]]:
         """Records of each split: by the fold, by the table, or by the seed."""
@@ -407,11 +536,18 @@ class ImageDataModule(LightningDataModule, ABC):
         The last, smaller batch is left out: batch norm fails on a single image.
         """
         dataset, (count, rank) = self.dataset("train"), processes()
-        sampler: DistributedSampler[Item | list[Item]] = DistributedSampler(
-            dataset, num_replicas=count, rank=rank, seed=self.seed
-        )
+        sampler = TrainingOrder(dataset, num_replicas=count, rank=rank, seed=self.seed)
         drop_last = len(sampler) > self.loading.batch_size
-        return self.load(dataset, sampler, self.loading.batch_size, drop_last)
+        # its own generator: a start draws, and there is one more after a stop
+        generator = torch.Generator().manual_seed(self.seed)
+        return TrainingLoader(
+            dataset,
+            self.loading.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            generator=generator,
+            **self.settings(),
+        )
 
     def val_dataloader(self) -> DataLoader[Item | list[Item]]:
         """Validation images, each once."""
@@ -424,31 +560,22 @@ class ImageDataModule(LightningDataModule, ABC):
     def loader(self, split: Split) -> DataLoader[Item | list[Item]]:
         """Images of any split for evaluation: in order, each once, shared by all processes."""
         dataset = self.dataset(split)
-        return self.load(dataset, EvenBatches(len(dataset), self.loading.batch_size, *processes()))
+        sampler = EvenBatches(len(dataset), self.loading.batch_size, *processes())
+        return DataLoader(dataset, None, sampler=sampler, **self.settings())
 
     def dataset(self, split: Split) -> Images:
         """Images of a split; calls ``setup`` where that has not been done."""
         self.setup()
         return Images(self.splits[split], self.read, self.kept)
 
-    def load(
-        self,
-        dataset: Images,
-        sampler: DistributedSampler[list[int]] | DistributedSampler[Item | list[Item]],
-        batch_size: int | None = None,
-        drop_last: bool = False,
-    ) -> DataLoader[Item | list[Item]]:
-        """A loader with the settings that training and evaluation share."""
-        return DataLoader(
-            dataset,
-            batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            collate_fn=partial(collate, feature_names=self.feature_names),
-            num_workers=self.loading.workers,
-            persistent_workers=self.loading.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def settings(self) -> dict[str, Any]:
+        """What the loaders of training and evaluation share."""
+        return {
+            "collate_fn": partial(collate, feature_names=self.feature_names),
+            "num_workers": self.loading.workers,
+            "persistent_workers": self.loading.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch on its device, image, masks and levels by the same draw."""

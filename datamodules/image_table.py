@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +25,12 @@ from datamodules.base import (
     Loading,
     Record,
     Sample,
+    Split,
     data_root,
 )
-from datamodules.coco import annotation_mask, coco_lines
+from datamodules.coco import annotation_mask, as_box, coco_lines
 from datamodules.images import (
+    BadImage,
     Box,
     boxes_to_mask,
     read_image,
@@ -35,6 +40,7 @@ from datamodules.images import (
 )
 
 OWN_COLUMNS = {"id", "image", "mask", "boxes", "importance", "annotations", "split"}
+SEPARATORS = (",", ";", "\t")
 SplitCell = Literal["", "train", "val", "test"]
 SPLIT_CELLS: dict[str, SplitCell] = {"": "", "train": "train", "val": "val", "test": "test"}
 
@@ -73,6 +79,7 @@ class ImageTable(ImageDataModule):
     ``boxes`` (JSON list of [x0, y0, x1, y1], half-open, pixels of the image; a mask goes first),
     ``importance`` (path of a grey image of the regions' relevance, see levels), ``split`` (train,
     val or test; empty is drawn from the seed), ``group``. Other columns go into the batch as text.
+    A CSV is in UTF-8, or in UTF-16 with its mark, its cells part by commas, semicolons or tabs.
     Of a COCO file the label is the names of an image's categories, sorted and joined by " + ", or
     "none"; the features are its categories; further entries of its images are the columns.
 
@@ -91,6 +98,9 @@ class ImageTable(ImageDataModule):
         seed: Of the splits that the table leaves open.
         fold: Test fold of a cross-validation, instead of the table's splits.
         folds: Number of folds.
+        roots: Further folders, relative to the data root, that its files may lie in, whether by an
+            absolute path, by ".." or by a link; by default the table's own, ``folder`` and, for a
+            table in the data root, the whole of that.
 
     Raises:
         ValueError: If the table breaks a rule; the sentence names the line and the value.
@@ -109,10 +119,14 @@ class ImageTable(ImageDataModule):
         seed: int = 0,
         fold: int | None = None,
         folds: int = 5,
+        roots: list[str] | None = None,
     ) -> None:
         super().__init__(loading, augmentation, seed, fold, folds)
         self.table, self.group = data_root() / table, group
         self.files, self.levels = self.table.parent / folder, levels or {}
+        within = [data_root()] * (data_root().resolve() in self.table.resolve().parents)
+        further = [data_root() / root for root in roots or ()]
+        self.roots = [root.resolve() for root in (self.table.parent, self.files, *within, *further)]
         self.feature_names = tuple(features or ())
         if classes is None:
             classes = sorted({row["label"] for _, row in _lines(self.table)} - {""})
@@ -126,15 +140,33 @@ class ImageTable(ImageDataModule):
     def rows(self) -> dict[str, Row]:
         """The checked rows by id."""
         rows: dict[str, Row] = {}
+        home: dict[str, Row] = {}
         for place, line in _lines(self.table):
             row = self._parse(place, line)
-            if row.record.id in rows:
+            record = row.record
+            if record.id in rows:
                 raise ValueError(
-                    f"{place}: image {row.record.id!r} is listed twice, first in "
-                    f"{rows[row.record.id].place}; keep one of the two."
+                    f"{place}: image {_short(record.id)} is listed twice, first in "
+                    f"{rows[record.id].place}; keep one of the two."
                 )
-            rows[row.record.id] = row
+            rows[record.id] = row
+            first = home.setdefault(record.group, row) if record.group else row
+            if first.record.split != record.split and self.fold is None:
+                raise ValueError(
+                    f"{place}: column {self.group or 'group'!r} has {_short(record.group)} in "
+                    f"split {record.split!r}, but {first.place} has it in {first.record.split!r}; "
+                    "put all images of a group into one split."
+                )
+        if not rows:
+            raise ValueError(f"Table {self.table} lists no image; give it a row for each.")
         return rows
+
+    def divide(self, records: Sequence[Record]) -> dict[Split, list[Record]]:
+        """As every data module, but errors name the table."""
+        try:
+            return super().divide(records)
+        except ValueError as error:
+            raise ValueError(f"Table {self.table}: {error}") from error
 
     def records(self) -> list[Record]:
         """Every row of the table, in its order."""
@@ -147,8 +179,8 @@ class ImageTable(ImageDataModule):
             image = read_image(row.image, self.loading.channels)
             files = ({"": row.mask} if row.mask else {}) | row.features
             masks = {name: read_mask(path) for name, path in files.items()}
-        except ValueError as error:
-            raise ValueError(f"{row.place}: {error}") from error
+        except BadImage as error:
+            raise BadImage(f"{row.place}: {error}") from error
         height, width = image.shape[1:]
         for name, mask in masks.items():
             if mask.shape != (height, width):
@@ -176,7 +208,7 @@ class ImageTable(ImageDataModule):
                 union = drawn if union is None else union | drawn
             importance = self._importance(row.importance) if row.importance else None
         except ValueError as error:
-            raise ValueError(f"{row.place}: {error}") from error
+            raise type(error)(f"{row.place}: {error}") from error
         if union is None and importance is not None:
             union = importance == max(self.levels.values())
         return Sample(resize_image(image, size), union, features, importance)
@@ -198,9 +230,11 @@ class ImageTable(ImageDataModule):
         label, group = line["label"], self.group or "group"
         if label not in self.class_of:
             known = ", ".join(self.class_of)
-            raise ValueError(f"{place}: label {label!r} is unknown; the known ones are {known}.")
+            raise ValueError(
+                f"{place}: label {_short(label)} is unknown; the known ones are {known}."
+            )
         if self.group is not None and self.group not in line:
-            columns = ", ".join(line)
+            columns = _listed(line)
             raise ValueError(f"{place}: there is no group column {group!r}, only {columns}.")
         masks = {f"mask_{name}": name for name in self.feature_names}
         if "annotations" in line:
@@ -217,22 +251,39 @@ class ImageTable(ImageDataModule):
             group=line.get(group, ""),
             columns={k: text for k, text in line.items() if k not in OWN_COLUMNS | {*masks}},
         )
-        image = _existing(place, "image", self.files / line["image"])
+        image = self._existing(place, "image", line["image"])
         mask, importance = line.get("mask"), line.get("importance")
         return Row(
             place,
             record,
             image,
-            _existing(place, "mask", self.files / mask) if mask else None,
+            self._existing(place, "mask", mask) if mask else None,
             {
-                name: _existing(place, column, self.files / line[column])
+                name: self._existing(place, column, line[column])
                 for column, name in masks.items()
                 if line[column]
             },
-            _existing(place, "importance", self.files / importance) if importance else None,
+            self._existing(place, "importance", importance) if importance else None,
             _boxes(place, line.get("boxes", "")),
-            tuple(json.loads(line.get("annotations") or "[]")),
+            _annotations(place, line.get("annotations", "")),
         )
+
+    def _existing(self, place: str, column: str, text: str) -> Path:
+        """The file that a cell names, within the folders that are allowed."""
+        if not text or any(ord(letter) < 32 for letter in text):
+            raise ValueError(
+                f"{place}: column {column!r} must name a file, but got {_short(text)}; correct it."
+            )
+        path = self.files / text
+        told = f"{place}: column {column!r} names {_cut(str(path))}, which"
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(root) for root in self.roots):
+            raise ValueError(
+                f"{told} lies outside {self.roots[0]}; move it there, or add its folder to roots."
+            )
+        if not os.path.isfile(path):  # which takes names that are too long
+            raise ValueError(f"{told} is not a file; put it there or correct the cell.")
+        return path
 
 
 def _lines(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -245,41 +296,81 @@ def _lines(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
     if table.suffix == ".json":
         yield from coco_lines(table)
         return
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, restval="")
-        columns = list(reader.fieldnames or [])
-        for column in ("image", "label"):
-            if column not in columns:
-                raise ValueError(
-                    f"Table {table}: column {column!r} is missing; it has {', '.join(columns)}."
-                )
+    text = _text(table)
+    reader = csv.DictReader(StringIO(text, newline=""), delimiter=_separator(text), strict=True)
+    try:
+        columns = _columns(table, reader.fieldnames or [])
+        reader.fieldnames = columns
         for cells in reader:
             place = f"Table {table}, line {reader.line_num}"
-            if None in cells:
-                raise ValueError(f"{place}: there are more cells than the {len(columns)} columns.")
-            yield place, {name: text.strip() for name, text in cells.items()}
+            if None in cells or None in cells.values():
+                much = "more" if None in cells else "fewer"
+                raise ValueError(
+                    f"{place}: there are {much} cells than the {len(columns)} columns; correct the "
+                    "line."
+                )
+            yield place, {name: cell.strip() for name, cell in cells.items()}
+    except csv.Error as error:
+        raise ValueError(
+            f"Table {table}, line {reader.reader.line_num}: this is no CSV ({error}); save it anew."
+        ) from error
+
+
+def _text(table: Path) -> str:
+    """Content of a table in UTF-8, or in UTF-16 with its mark."""
+    content = table.read_bytes()
+    wide = content.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"Table {table}, line {line}: byte {content[error.start]:#x} is not in UTF-8; save the "
+            "table as UTF-8."
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"Table {table}, line {line}: there is a NUL character; save it as UTF-8.")
+    return text
+
+
+def _separator(text: str) -> str:
+    """What parts the needed columns in the first line; else a comma."""
+    first = text.splitlines()[0] if text else ""
+    needed = {"image", "label"}
+    parted = {mark: {name.strip(' "') for name in first.split(mark)} for mark in SEPARATORS}
+    return next((mark for mark in SEPARATORS if needed <= parted[mark]), ",")
+
+
+def _columns(table: Path, header: Sequence[str]) -> list[str]:
+    """The checked names of the columns."""
+    columns = [name.strip() for name in header]
+    for column in ("image", "label"):
+        if column not in columns:
+            raise ValueError(
+                f"Table {table}: column {column!r} is missing; it has {_listed(columns)}."
+            )
+    for column in filter(None, columns):
+        if columns.count(column) > 1:
+            raise ValueError(f"Table {table}: column {_short(column)} comes twice; keep one.")
+    return columns
 
 
 def _split(place: str, text: str) -> SplitCell:
     if text not in SPLIT_CELLS:
-        raise ValueError(f"{place}: split must be train, val, test or empty, but got {text!r}.")
+        raise ValueError(
+            f"{place}: split must be train, val, test or empty, but got {_short(text)}."
+        )
     return SPLIT_CELLS[text]
-
-
-def _existing(place: str, column: str, path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{place}: column {column!r} names {path}, which is not a file.")
-    return path
 
 
 def _boxes(place: str, text: str) -> tuple[Box, ...]:
     """Boxes of a JSON cell; whether they end inside the image is known only when it is read."""
     try:
-        cells = json.loads(text or "[]")
-        boxes = [(float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in cells]
-    except (ValueError, TypeError) as error:
+        boxes = [as_box(cell) for cell in json.loads(text or "[]")]
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{place}: boxes must be a JSON list of [x0, y0, x1, y1], but got {text!r}."
+            f"{place}: boxes must be a JSON list of [x0, y0, x1, y1], but got {_short(text)}."
         ) from error
     for box in boxes:
         x0, y0, x1, y1 = box
@@ -288,3 +379,32 @@ def _boxes(place: str, text: str) -> tuple[Box, ...]:
                 f"{place}: box {list(box)} must have finite 0 <= x0 < x1 and 0 <= y0 < y1."
             )
     return tuple(boxes)
+
+
+def _annotations(place: str, text: str) -> tuple[Mapping[str, Any], ...]:
+    """COCO's annotations of a JSON cell."""
+    try:
+        found = json.loads(text or "[]")
+        if all(isinstance(each["category"], str) for each in found):
+            return tuple(found)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass  # told below, as is a category that is no text
+    raise ValueError(
+        f"{place}: annotations must be a JSON list of COCO's, with a category each, but got "
+        f"{_short(text)}."
+    )
+
+
+def _short(text: str) -> str:
+    """A cell as errors quote it."""
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")
+
+
+def _cut(path: str) -> str:
+    """A path as errors name it: whole, unless no file could have it."""
+    return path if len(path) <= 4096 else f"{path[:80]}..."
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """Names of columns as errors list them."""
+    return _cut(" ".join(", ".join(columns).split())) or "none"

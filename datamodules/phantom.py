@@ -202,7 +202,8 @@ class Phantom(ImageDataModule):
 
     Pose, lungs, ribs, clavicles, heart, exposure and noise vary; small bright spots are healthy.
     Image i of a split depends on (seed, split, i, size, difficulty) alone. The column "boxes"
-    holds the opacities as a JSON list of half-open [x0, y0, x1, y1] in pixels.
+    holds the opacities as a JSON list of half-open [x0, y0, x1, y1] in pixels, "opacities" their
+    number and "box_share" the share of the image inside their boxes, empty where there are none.
 
     Args:
         train: Training images.
@@ -248,8 +249,14 @@ class Phantom(ImageDataModule):
     def record(self, split: Split, i: int) -> Record:
         """One image by its number in the split."""
         _, _, opacities = self.plan(split, i)
-        boxes = json.dumps([opacity.box for opacity in opacities]) if opacities else ""
-        return Record(f"{split}-{i:05d}", i % 2, split, columns={"boxes": boxes})
+        boxes = [opacity.box for opacity in opacities]
+        area = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
+        columns = {
+            "boxes": json.dumps(boxes) if boxes else "",
+            "opacities": str(len(boxes)),
+            "box_share": f"{area / self.loading.size**2:.4f}" if boxes else "",
+        }
+        return Record(f"{split}-{i:05d}", i % 2, split, columns=columns)
 
     def plan(self, split: Split, i: int) -> tuple[RandomState, Pose, list[Opacity]]:
         """Pose and opacities of an image, and the generator that draws the rest of it."""

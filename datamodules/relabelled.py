@@ -48,6 +48,10 @@ class Relabelled(ImageDataModule):
         splits = self.data.draw(records)
         return {**splits, "train": shuffled(splits["train"], self.share, self.label_seed)}
 
+    def bad_images(self, records: Sequence[Record]) -> dict[str, str]:
+        """Those of the data set."""
+        return self.data.bad_images([self.originals[record.id] for record in records])
+
     def read(self, record: Record) -> Sample:
         """The image as it is."""
         return self.data.read(self.originals[record.id])

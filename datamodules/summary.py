@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -51,7 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(
             "Name a data set: -c CONFIG with a key data, --data CLASS, or --tables FOLDER."
         )
-    print(report(content_of_module(parser.instantiate(given).data)))
+    data: ImageDataModule = parser.instantiate(given).data
+    data.loading = replace(data.loading, on_bad_image="skip")  # they are listed below the tables
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Left out: ")
+        print(report(content_of_module(data)))
+    if data.skipped:
+        total = len(data.skipped) + sum(map(len, data.splits.values()))
+        print(f"\n{len(data.skipped)} of {total} images cannot be read:")
+        print(*data.skipped.values(), sep="\n")
 
 
 def data_section(config: Path) -> object:
@@ -66,8 +75,10 @@ def content_of_module(data: ImageDataModule, splits: Sequence[Split] = SPLITS) -
     data.setup()
     images, boxes, console = [], [], Console(stderr=True)
     for split in splits:
-        for record in track(data.splits[split], f"Reading {split}", console=console):
-            mask = data.read(record).mask
+        every = data.dataset(split)
+        for index in track(range(len(every)), f"Reading {split}", console=console):
+            record, sample = every.item(index)
+            mask = sample.mask
             name, group = data.class_names[record.label], record.group or (record.id,)
             images.append({"split": split, "label": name, "group": group, "union": union(mask)})
             if mask is not None:

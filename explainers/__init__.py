@@ -1,30 +1,6 @@
 """Visual explanations of image classifiers: learned, attributed, evaluated."""
 
-from explainers.base import Explainer, quantus_function
-from explainers.learned import (
-    Adversarial,
-    CyCE,
-    Duo,
-    Geometry,
-    MaskGenerator,
-    Single,
-    SyCE,
-    Weights,
-    load_explainer,
-)
-from explainers.views import Views
+import lazy_loader
 
-__all__ = [
-    "Adversarial",
-    "CyCE",
-    "Duo",
-    "Explainer",
-    "Geometry",
-    "MaskGenerator",
-    "Single",
-    "SyCE",
-    "Views",
-    "Weights",
-    "load_explainer",
-    "quantus_function",
-]
+# Names are in __init__.pyi, each imported at its first use: Lightning takes seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,10 +23,13 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from classifiers.network import is_trusted
 from datamodules.base import ImageDataModule
+from explainers.batches import halving, limit_memory
+from explainers.command import plainly
 from explainers.evaluation.metrics.localisation import average_precision
 from explainers.learned import load_explainer
-from explainers.learned.similar_adversarial import SimilarAdversarial
+from explainers.learned.base import OnePass
 from explainers.tracking import artifact_names, declare_inputs, log_files, wandb_mode
 from explainers.views import Views
 
@@ -51,7 +55,7 @@ def export(
     [0, 1] of the size of the data, in batches of any size.
 
     Args:
-        checkpoint: Of a Single, Duo or Adversarial.
+        checkpoint: Of a Single, Duo, Adversarial or Distilled.
         data: Test images for parity and speed; validation images for the ranges of int8 and for
             what 16 and 8 bit cost in localisation.
         out: Folder that everything is written to.
@@ -71,11 +75,12 @@ def export(
     data.prepare_data()
     data.setup()
     size, folder = data.loading.size, Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "card.json").unlink(missing_ok=True)  # no model is used without its card
+    part = folder / "part"  # until all is written: what an earlier export left stays good
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     bundle = Bundle(explainer.network, explainer, (size, size), views, smoothing).eval()
     tested, validation = gathered(data, "test", images), gathered(data, "val", images)
-    paths = files.write_all(bundle, validation["image"].split(BATCH), folder)
+    paths = files.write_all(bundle, validation["image"].split(BATCH), part)
 
     def own(image: Tensor) -> Answer:
         with torch.no_grad():
@@ -95,20 +100,24 @@ def export(
             f"{told['seconds_per_image']:.4f} s an image"
         )
     for name in EXACT:
-        check_parity(folder / name, **measured[name])
+        check_parity(part / name, **measured[name])
     facts = {
         "data": {"module": type(data).__name__, "validation": len(validation["image"])},
         "input": {"shape": ["batch", explainer.geometry.channels, size, size], "range": [0, 1]},
         "outputs": list(Answer._fields),
         "views": asdict(views) if views else {},
         "smoothing": smoothing,
+        "sha256": {path.name: digest(path) for path in paths},
         **{key: {k: v[key] for k, v in measured.items()} for key in measured["checkpoint"]},
     }
     generator = {"class": type(explainer).__name__, **explainer.arguments()}
     content = card.card(Path(checkpoint), explainer.network.recipe, generator, facts)
+    (folder / "card.json").unlink(missing_ok=True)  # no model is used without its card
+    left = [path.replace(folder / path.name) for path in paths]
+    part.rmdir()
     card.write_card(json.loads(json.dumps(content)), folder)
     if logging == "wandb":
-        left = [*paths, folder / "card.json", folder / "card.md"]
+        left += [folder / "card.json", folder / "card.md"]
         inputs = artifact_names([checkpoint])
         with wandb.init(project="simadv", name=folder.name, dir=out, mode=wandb_mode()) as run:
             declare_inputs(run, inputs)
@@ -162,17 +171,22 @@ def explain(
     percentile: float = 95.0,
     accelerator: str = "auto",
     devices: int = 1,
+    workers: int = 0,
+    keep_maps: bool = False,
+    memory_megabytes: int | None = None,
 ) -> list[dict[str, str]]:
     """Explain image files by a checkpoint or an exported model; goes on where it was stopped.
 
     Writes an overlay (PNG) and the map (NPY, at the picture's own size) of every picture, for DICOM
     also a Secondary Capture and a Segmentation, and results.csv: decision, probabilities, peak and
-    regions. What cannot be read is told there and at the end.
+    regions. Of tar shards, an archive too large for that, it writes one Parquet file of rows each.
+    What cannot be read is told there and at the end.
 
     Args:
-        model: Checkpoint of a Single, Duo or Adversarial, or an exported model (.onnx, .pt2) with
-            its card.json.
-        inputs: PNG, JPEG, TIFF, DICOM files, folders, patterns, CSV tables with a column image.
+        model: Checkpoint of a Single, Duo, Adversarial or Distilled, or an exported model (.onnx,
+            .pt2) with its card.json. A .pt2 file is a program: SIMADV_TRUST has to name it.
+        inputs: PNG, JPEG, TIFF, DICOM files, folders, patterns, CSV tables with a column image; or
+            tar shards of WebDataset's form: files, patterns ("a/*.tar", "a/{000..123}.tar"), URLs.
         out: Folder that everything is written to.
         size: Side that a checkpoint was trained on, pixels; taken from the config.yaml beside it.
         views: Of a checkpoint: geometric views to average over.
@@ -181,17 +195,38 @@ def explain(
         percentile: Of the map's values, above which a region is told.
         accelerator: Where a checkpoint runs.
         devices: Batches side by side, on GPUs each on its own.
+        workers: Of shards: processes that read them; 0 reads in this one.
+        keep_maps: Of shards: write the maps too, float16 at the model's size.
+        memory_megabytes: Most memory of this process, or of a GPU, of a checkpoint; batches are
+            halved until they fit.
 
     Returns:
         Lines of the pictures that could not be read, or whose DICOM objects could not be written.
 
     Raises:
-        ValueError: If the model or an input cannot be used.
+        ValueError: If the model, an input or an option cannot be used.
     """
-    from explainers.inference.explain import explain_files
+    shards = [text.startswith("pipe:") or text.endswith(".tar") for text in inputs]
+    if any(shards) and not all(shards):
+        raise ValueError("tar shards and files cannot be explained at once: make two calls.")
+    if not any(shards) and (workers or keep_maps):
+        raise ValueError("workers and keep_maps are for tar shards: leave them.")
+    if any(shards) and (find_spec("webdataset") is None or find_spec("pyarrow") is None):
+        raise ValueError("tar shards need the extra archive: python -m pip install '.[archive]'.")
+    opened = opened_model(model, size, views, smoothing, accelerator, devices, drawn=False)
+    if memory_megabytes is not None:
+        kind = Fabric(accelerator=accelerator, devices=1).device.type
+        for k in range(devices):
+            limit_memory(memory_megabytes, torch.device(kind, k))
+    if not any(shards):
+        from explainers.inference.explain import explain_files
 
-    opened = opened_model(model, size, views, smoothing, accelerator, devices)
-    return explain_files(opened, inputs, Path(out), batch_size, percentile, devices)
+        return explain_files(opened, inputs, Path(out), batch_size, percentile, devices)
+    from explainers.inference.archive import explain_shards
+
+    return explain_shards(
+        opened, inputs, Path(out), batch_size, percentile, workers, keep_maps, devices
+    )
 
 
 def serve(
@@ -281,10 +316,11 @@ def opened_model(
     smoothing: float,
     accelerator: str,
     devices: int = 1,
+    drawn: bool = True,
 ) -> Any:
-    """A checkpoint or an exported file as what answers."""
+    """A checkpoint or an exported file as what answers; with ``drawn`` with the drawn images."""
     if Path(model).suffix not in (".onnx", ".pt2"):
-        return checkpoint_model(Path(model), size, views, smoothing, accelerator, devices)
+        return checkpoint_model(Path(model), size, views, smoothing, accelerator, devices, drawn)
     if size or views or smoothing:
         raise ValueError("an exported model has its own size, views and smoothing: leave them.")
     return exported_model(Path(model))
@@ -292,15 +328,26 @@ def opened_model(
 
 def exported_model(path: Path) -> Any:
     """An exported file and the card beside it."""
+    from explainers.inference import Answer, card
+    from explainers.inference import export as files
     from explainers.inference.explain import Model
 
-    card = path.with_name("card.json")
-    if not card.is_file():
-        raise ValueError(f"{card} is missing: keep it beside the model that it belongs to.")
-    content = json.loads(card.read_text("utf-8"))
-    _, channels, size, _ = content["input"]["shape"]
-    names = content["classifier"]["class_names"]
-    return Model(runner(path), size, channels, names, digest(path))
+    told = card.read_card(path)
+    if path.suffix == ".pt2" and not is_trusted(str(path)):
+        raise ValueError(
+            f"{path} is a program, which may do anything: give the model.onnx beside it, or, if "
+            f"you trust who exported it, set SIMADV_TRUST={path}."
+        )
+    call = runner(path)
+    if path.suffix == ".onnx":
+        files.check_form(call.args[0], path, *told)
+
+    def answer(image: Tensor) -> Answer:
+        found: Answer = call(image)
+        files.check_answer(found, image, told.class_names)
+        return found
+
+    return Model(answer, told.size, told.channels, told.class_names, digest(path))
 
 
 def checkpoint_model(
@@ -310,9 +357,10 @@ def checkpoint_model(
     smoothing: float,
     accelerator: str,
     devices: int,
+    drawn: bool,
 ) -> Any:
     """A checkpoint as what answers."""
-    from explainers.inference import Answer, Bundle
+    from explainers.inference import Answer, Bundle, Explanation
     from explainers.inference.explain import Model
 
     explainer = exportable(str(path))
@@ -333,11 +381,17 @@ def checkpoint_model(
         place = torch.device(kind, k) if kind == "cuda" else torch.device(kind)
         free.put((copy.deepcopy(bundle).to(place), place))
 
-    def answer(image: Tensor) -> Answer:
+    def answer(image: Tensor) -> Answer | Explanation:
         bundle, place = free.get()
-        try:
+        call, form = (bundle, Answer) if drawn else (bundle.explained, Explanation)
+
+        def run(size: int) -> Answer | Explanation:
             with torch.no_grad():
-                return Answer(*(part.cpu() for part in bundle(image.to(place))))
+                parts = [call(part.to(place)) for part in image.split(size)]
+            return form(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))
+
+        try:
+            return halving(run, len(image))
         finally:
             free.put((bundle, place))
 
@@ -351,13 +405,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def exportable(checkpoint: str) -> SimilarAdversarial:
+def exportable(checkpoint: str) -> OnePass:
     """A learned explainer that answers without looking anything up."""
     explainer = load_explainer(checkpoint).cpu().eval()
-    if not isinstance(explainer, SimilarAdversarial):
+    if not isinstance(explainer, OnePass):
         raise ValueError(
             f"{type(explainer).__name__} cannot be exported: it needs the classifier's decision "
-            "to choose a generator; export a Single, Duo or Adversarial."
+            "to choose a generator; export a Single, Duo, Adversarial or Distilled."
         )
     return explainer
 
@@ -372,7 +426,7 @@ def gathered(data: ImageDataModule, split: Any, images: int) -> dict[str, Tensor
     return {key: torch.cat([part[key] for part in parts])[:images] for key in ("image", "mask")}
 
 
-def runner(path: Path) -> Callable[[Tensor], Any]:
+def runner(path: Path) -> Any:
     """The answers of an exported file."""
     from explainers.inference import Answer
     from explainers.inference import export as files
@@ -380,8 +434,7 @@ def runner(path: Path) -> Callable[[Tensor], Any]:
     if path.suffix == ".pt2":
         program = torch.no_grad()(torch.export.load(path).module())
         return lambda image: Answer(*program(image))
-    session = files.open_onnx(path, torch.get_num_threads())
-    return lambda image: files.run(session, image)
+    return partial(files.run, files.open_onnx(path, torch.get_num_threads()))
 
 
 def answers(call: Callable[[Tensor], Any], images: Tensor) -> Any:
@@ -395,7 +448,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m explainers", description=__doc__)
     commands = parser.add_subcommands()
     exporting = ArgumentParser(description=export.__doc__)
-    exporting.add_argument("checkpoint", help="checkpoint of a Single, Duo or Adversarial")
+    kinds = "Single, Duo, Adversarial or Distilled"
+    exporting.add_argument("checkpoint", help=f"checkpoint of a {kinds}")
     exporting.add_function_arguments(export, skip={"checkpoint"}, sub_configs=True)
     commands.add_subcommand("export", exporting)
     explaining = ArgumentParser(description=explain.__doc__)
@@ -420,9 +474,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with plainly():
         main()
-    except ValueError as error:
-        if os.environ.get("SIMADV_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")

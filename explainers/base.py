@@ -25,6 +25,7 @@ class Explainer(ABC):
     """
 
     network: Network
+    reads_target = True  # False where the map is the same for every class
 
     @abstractmethod
     def saliency(
@@ -36,9 +37,15 @@ class Explainer(ABC):
         """
 
     def check_target(  # noqa: B027  not abstract: most explainers take any target
-        self, target: Int64[Tensor, " b"], decision: Int64[Tensor, " b"]
+        self, image: Float[Tensor, "b c h w"], target: Int64[Tensor, " b"]
     ) -> None:
         """Raise ValueError where this explainer cannot explain ``target``; any class by default."""
+
+    def own_target(self, image: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
+        """The network's decisions, or zeros, for nothing, where the map does not depend on them."""
+        if self.reads_target:
+            return self.network.decide(image)
+        return torch.zeros(len(image), dtype=torch.int64, device=image.device)
 
     def explain(
         self,
@@ -62,9 +69,10 @@ class Explainer(ABC):
             ValueError: If the explainer cannot explain a given target.
         """
         with untouched(self.network), torch.no_grad():
-            decision = self.network.decide(image)
-            target = decision if target is None else target
-            self.check_target(target, decision)
+            if target is None:
+                target = self.own_target(image)
+            else:
+                self.check_target(image, target)
             maps = average_over_views(self.saliency, image, target, views)
             return smooth(maps, smoothing)
 
@@ -111,13 +119,16 @@ def quantus_function(
 @contextmanager
 def untouched(network: nn.Module) -> Iterator[None]:
     """Eval mode and no parameter gradients inside; the caller's modes and flags again outside."""
-    modes = [(module, module.training) for module in network.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    training = [module for module in network.modules() if module.training]
+    required = [parameter for parameter in network.parameters() if parameter.requires_grad]
     try:
-        network.eval().requires_grad_(False)
+        if training:  # what is in eval mode already is spared: setting a large network takes long
+            network.eval()
+        for parameter in required:
+            parameter.requires_grad_(False)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, required in flags:
-            parameter.requires_grad_(required)
+        for module in training:
+            module.training = True
+        for parameter in required:
+            parameter.requires_grad_(True)

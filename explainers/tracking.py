@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import wandb
-
 
 def wandb_mode() -> Literal["offline"] | None:
     """W&B's own choice (None) where WANDB_MODE or a key is there, else "offline"."""
+    import wandb  # slow to import
+
     known = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
     return None if known else "offline"
 
@@ -42,17 +42,21 @@ def declare_inputs(run: Any, artifacts: Iterable[str]) -> None:
     """Tell a run which artifacts it starts from: W&B's lineage. Offline runs cannot know."""
     if run.offline:
         return
+    from wandb.errors import CommError
+
     for name in artifacts:
         try:
             run.use_artifact(name)
-        except (wandb.errors.CommError, ValueError) as error:
+        except (CommError, ValueError) as error:
             told = f"W&B does not know {name}, so that its lineage is cut: {error}"
             warnings.warn(told, stacklevel=2)
 
 
 def log_files(run: Any, name: str, kind: str, paths: Iterable[Path]) -> None:
     """Log files as one artifact of a run."""
-    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), kind)
+    from wandb import Artifact
+
+    artifact = Artifact(re.sub(r"[^\w.-]", "-", name), kind)
     for path in paths:
         artifact.add_file(str(path))
     run.log_artifact(artifact)

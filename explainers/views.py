@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -84,6 +85,17 @@ class Views:
         return (affine @ flip)[:, :2]
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def laid_out(
+    views: Views, height: int, width: int
+) -> tuple[Float[Tensor, "k 2 3"], Float[Tensor, "k 2 3"], Bool[Tensor, "k h w"]]:
+    """Transforms there and back, and the pixels that each view sees, computed once for a size."""
+    forward = views.matrices(height, width)
+    back = inverse(forward)
+    return forward, back, seen_pixels(forward, back, height, width)
+
+
 def seen_pixels(
     forward: Float[Tensor, "k 2 3"], back: Float[Tensor, "k 2 3"], height: int, width: int
 ) -> Bool[Tensor, "k h w"]:
@@ -128,9 +140,7 @@ def average_over_views(
     if views is None or views.count == 0:
         return in_batches(saliency, image, target, views.work_batch if views else len(image))
     k, b, (height, width) = views.count, len(image), image.shape[2:]
-    matrices = views.matrices(height, width)
-    forward, back = matrices.to(image), inverse(matrices).to(image)
-    seen = seen_pixels(forward, back, height, width).to(image.dtype)
+    forward, back, seen = (part.to(image) for part in laid_out(views, height, width))
     total = image.new_zeros(b, height, width)
 
     def add(pair: Tensor) -> None:

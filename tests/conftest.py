@@ -1,10 +1,12 @@
-"""What the tests share: no W&B account is touched, and two checkpoints trained once a session."""
+"""What the tests share: W&B offline, two checkpoints trained once, the table of faults."""
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,38 @@ CALLBACKS = """
     - class_path: explainers.evaluation.callbacks.Panel
       init_args: {images: 2}
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", help="CSV file for the table of faults: fault,tried,survived,lost")
+
+
+@pytest.fixture
+def tell_fault(record_property: Callable[[str, object], None]) -> Callable[[str, int, int], None]:
+    """Tells the table of faults: ``tell_fault("kill -9 of training", tried, survived)``."""
+    return lambda fault, tried, survived: record_property("fault", [fault, tried, survived])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With --soak: print and write the faults that were told; those of one name add up."""
+    path = terminalreporter.config.getoption("soak")
+    if not path:
+        return
+    told: dict[str, list[int]] = {}
+    for report in chain(*map(terminalreporter.getreports, ("passed", "failed"))):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == "fault":
+                fault, tried, survived = value
+                before = told.get(fault, [0, 0])
+                told[fault] = [before[0] + tried, before[1] + survived]
+    rows = [(fault, n, k, n - k) for fault, (n, k) in sorted(told.items())]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("w", newline="") as file:
+        csv.writer(file).writerows([("fault", "tried", "survived", "lost"), *rows])
+    for fault, *counts in rows:
+        terminalreporter.write_line(
+            "{:6d} tried {:6d} survived {:3d} lost  ".format(*counts) + fault
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

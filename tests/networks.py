@@ -27,6 +27,19 @@ class Small(nn.Module):
         return logits
 
 
+class Tiny(nn.Module):
+    """The backbone of the kept checkpoints in tests/fixtures: a change of it breaks them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(image).mean((2, 3)))
+        return logits
+
+
 def network_around(backbone: nn.Module, num_logits: int = 1) -> Network:
     network = Network("squeezenet1_1", num_logits)
     network.backbone = backbone

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from classifiers import Network
 from datamodules.base import ImageDataModule, data_root
+from explainers import Geometry, Single
 from train import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -66,6 +67,15 @@ def write_study(name: str, folder: Path) -> None:
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
 
 
+def write_teacher(classifier: Path, folder: Path) -> Path:
+    """An untrained Single, in a checkpoint as train.py writes it."""
+    single = Single(str(classifier), geometry=Geometry(widths=(4, 6)))
+    content = {"state_dict": single.state_dict()}
+    single.on_save_checkpoint(content)
+    torch.save(content, folder / "teacher.ckpt")
+    return folder / "teacher.ckpt"
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=name_of)
 def test_one_batch(
     preset: Path,
@@ -84,7 +94,9 @@ def test_one_batch(
         write_study(data, tmp_path / {"isic": "isic2018"}.get(data, data))
     elif data in ("busi", "deeppcb") and not (data_root() / data).exists():
         pytest.skip(f"no folder {data} under SIMADV_DATA")
-    if not preset.stem.startswith("classifier"):
+    if preset.stem == "distilled":
+        arguments += ["--model.teacher", str(write_teacher(classifiers[data], tmp_path))]
+    elif not preset.stem.startswith("classifier"):
         arguments += ["--model.network", str(classifiers[data])]
     elif "weights: imagenet" in preset.read_text() and data not in ("busi", "deeppcb"):
         backbone = yaml.safe_load(preset.read_text())["model"]["init_args"]["network"]["init_args"]

@@ -322,7 +322,7 @@ def test_a_limit_scores_the_same_few_images_whatever_their_order(
         limits=limits,
         reference="SmoothGrad",
         out=str(tmp_path),
-        pictured=1,
+        pictured=0,
         accelerator="cpu",
     )
     scores = Results.read(tmp_path).scores.query("metric == 'average_precision'")
@@ -336,6 +336,7 @@ def test_a_limit_scores_the_same_few_images_whatever_their_order(
     (row,) = (line for line in table if line.startswith("| Gradient | views | raw"))
     assert "| 3 |" in row
     assert "AP minus reference (SmoothGrad, " in (tmp_path / "table.tex").read_text()
+    assert "<h2>Explorer" not in (tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match=r"limits name \['RISE'\]"):
         evaluate.checked_limits({"RISE": scoring.Limit(4)}, [])
 
@@ -466,12 +467,11 @@ def test_tables_and_plots_in_wandb(results: Path, tmp_path: Path) -> None:
 
 
 def test_maps_and_the_report_in_wandb(results: Path, tmp_path: Path) -> None:
-    for name in ("report.html", "table.csv"):
-        shutil.copy(results / name, tmp_path)
+    shutil.copy(results / "table.csv", tmp_path)
     image, mask = torch.rand(3, 8, 8), torch.ones(8, 8, dtype=torch.bool)
     facts = {"label": "ill", "decision": "well"}
     case = Case("scan", facts, image, mask, {"Single": image[0]}, {}, {})
-    evaluate.log_to_wandb(tmp_path, {}, [str(results / "nowhere.ckpt")], [case])
+    evaluate.log_to_wandb(tmp_path, {}, [str(results / "nowhere.ckpt")], [case], "the page")
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     (maps,) = log.parent.glob("files/media/table/Maps*")
     content = json.loads(maps.read_text())
@@ -482,6 +482,7 @@ def test_maps_and_the_report_in_wandb(results: Path, tmp_path: Path) -> None:
     ]
     held = {one.type: [entry.path for entry in one.manifest.contents] for one in artifacts}
     assert held["report"] == ["report.html", "table.csv"]
+    assert not (tmp_path / "report.html").exists()
     pictures = [path for path in held["run_table"] if path.endswith(".png")]
     assert len(pictures) == 2
 

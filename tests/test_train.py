@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from offline import wandb_records
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
@@ -26,7 +26,9 @@ from torchvision.io import read_image
 
 from classifiers import load_network
 from explainers import Single, load_explainer
-from train import build_loggers, plainly
+from explainers.command import plainly
+from explainers.loggers import SteadyCSV, SteadyWandb
+from train import build_loggers
 
 ROOT = Path(__file__).parent.parent
 Train = Callable[..., None]
@@ -136,8 +138,8 @@ def test_sanity_of_the_command_line(train: Train, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("overlay", "kinds"),
     [
-        ("wandb", [CSVLogger, WandbLogger]),
-        ("csv", [CSVLogger]),
+        ("wandb", [SteadyCSV, SteadyWandb]),
+        ("csv", [SteadyCSV]),
         ("tensorboard", [TensorBoardLogger]),
         ("off", []),
     ],
@@ -164,7 +166,7 @@ def test_tensorboard_read_back(train: Train, phantom_single: Path, tmp_path: Pat
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_wandb_is_told_which_classifier_is_explained(
+def test_wandb_is_told_where_an_explainer_comes_from(
     train: Callable[..., None],
     phantom_classifier: Path,
     phantom_single: Path,
@@ -172,15 +174,22 @@ def test_wandb_is_told_which_classifier_is_explained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "classifier" / "wandb" / "run-20260101_000000-a1").mkdir(parents=True)
+    (tmp_path / "teacher" / "wandb" / "run-20260101_000000-b2").mkdir(parents=True)
     network = Path(shutil.copy(phantom_classifier, tmp_path / "classifier"))
+    teacher = Path(shutil.copy(phantom_single, tmp_path / "teacher" / "last.ckpt"))
     declared: list[list[str]] = []
     monkeypatch.setattr("train.declare_inputs", lambda run, names: declared.append(names))
-    train(
-        *("fit", "-c", phantom_single.parent / "preset.yaml", "--model.network", network),
-        *("--out", tmp_path / "single", "--logging", "wandb", "--trainer.max_epochs", "1"),
-        *("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"),
-    )
-    assert declared == [["model-a1:best"]]
+    preset = ("fit", "-c", phantom_single.parent / "preset.yaml")
+    for model in (
+        ["--model.network", network],
+        ["--model", "Distilled", "--model.teacher", teacher],
+    ):
+        train(
+            *(*preset, *model, "--out", tmp_path / "out", "--logging", "wandb"),
+            *("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"),
+            *("--trainer.max_epochs", "1"),
+        )
+    assert declared == [["model-a1:best"], ["model-b2:latest"]]
 
 
 def test_offline_wandb_run_read_back(phantom_single: Path) -> None:

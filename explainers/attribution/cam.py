@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torchcam.methods
@@ -17,6 +20,7 @@ from explainers.attribution.scores import ClassScores, Sign, gradients_on
 from explainers.base import Explainer
 
 POOLING = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+FOUND: WeakKeyDictionary[Network, dict[torch.Size, str]] = WeakKeyDictionary()
 PREFIX_TOKENS = 16  # more than class, distillation and register tokens of any backbone known here
 
 
@@ -34,7 +38,7 @@ class GradCAM(Explainer):
             tokens (b, tokens, channels) of a grid of the image's proportions, after a class token
             or registers (ViT: "encoder.layers.encoder_layer_11.ln_1" in torchvision,
             "blocks.11.norm1" in timm; later tokens reach the score through the class token alone).
-            By default the last map before pooling, found on the first image of each call.
+            By default the last map before pooling, looked for once for a size of images.
         sign: "positive" is the published method; "negative" explains the negated score, that is
             what speaks against the target; "absolute" adds the two maps.
 
@@ -61,10 +65,11 @@ class GradCAM(Explainer):
         layer = self.layer or last_spatial_layer(self.network, image[:1])
         as_map = partial(channels_first, layer=layer, image=image.shape)
         with (
-            gradients_on(image, target) as (free, wanted),
+            gradients_on(image, target) as (own, wanted),
+            starting_at(self.network.backbone.get_submodule(layer)),
             self.extractor(self.network.backbone, layer, reshape_transform=as_map) as extractor,
         ):
-            scores = self.scores(free.requires_grad_())
+            scores = self.scores(own)
             signs = {"absolute": (1, -1), "positive": (1,), "negative": (-1,)}[self.sign]
             parts = [
                 extractor(wanted.tolist(), sign * scores, normalized=False, retain_graph=True)[0]
@@ -224,6 +229,21 @@ def channels_first(output: object, layer: str, image: torch.Size) -> Float[Tenso
     )
 
 
+@contextmanager
+def starting_at(module: nn.Module) -> Iterator[None]:
+    """The graph begins at a module's output inside: nothing before it is kept or differentiated."""
+
+    def begin(_module: nn.Module, _inputs: object, output: object) -> object:
+        # a clone, since a network may overwrite it in place, which a leaf does not allow
+        return output.detach().requires_grad_().clone() if isinstance(output, Tensor) else output
+
+    handle = module.register_forward_hook(begin)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def activations(
     network: Network, layer: str, image: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b k _ _"]:
@@ -250,6 +270,9 @@ def last_spatial_layer(network: Network, image: Float[Tensor, "1 c h w"]) -> str
         ValueError: If no layer gives a map, or what comes last are tokens, a map with its channels
             last or, for a small image, a map of one position.
     """
+    known = FOUND.setdefault(network, {})
+    if image.shape in known:
+        return known[image.shape]
     outputs = map_outputs(network, image)
     pooled = {id(output) for _, module, output in outputs if isinstance(module, POOLING)}
     kept = [(name, output.shape) for name, _, output in outputs if id(output) not in pooled]
@@ -260,6 +283,7 @@ def last_spatial_layer(network: Network, image: Float[Tensor, "1 c h w"]) -> str
             f"one position: {name!r} gives {tuple(shape)} for an image of "
             f"{tuple(image.shape[2:])}. Name a layer, or give larger images."
         )
+    known[image.shape] = name
     return name
 
 

@@ -32,9 +32,11 @@ class RandomMap(Explainer):
     """Uniform noise in [0, 1), drawn from a seed per image: its content, in 8 bits.
 
     Args:
-        network: Only asked for the decision, which has no influence.
+        network: Has no influence.
         seed: Another seed gives every image another map.
     """
+
+    reads_target = False
 
     def __init__(self, network: Network, seed: int = 0) -> None:
         self.network, self.seed = network, seed
@@ -54,12 +56,14 @@ class CentredGaussian(Explainer):
     """The same bell at the centre of every image, 1 at its peak.
 
     Args:
-        network: Only asked for the decision, which has no influence.
+        network: Has no influence.
         sigma: Standard deviation along each axis, as a share of the side.
 
     Raises:
         ValueError: If ``sigma`` is not positive.
     """
+
+    reads_target = False
 
     def __init__(self, network: Network, sigma: float = 0.25) -> None:
         if sigma <= 0:
@@ -78,9 +82,11 @@ class MeanMask(Explainer):
     """The mean mask of the training images, the same for every image.
 
     Args:
-        network: Only asked for the decision, which has no influence.
+        network: Has no influence.
         mask: Share of the training masks that hold each pixel (h, w), from `mean_mask`.
     """
+
+    reads_target = False
 
     def __init__(self, network: Network, mask: Float[Tensor, "h w"]) -> None:
         self.network, self.mask = network, mask
@@ -105,12 +111,14 @@ class EdgeMap(Explainer):
     """Magnitude of the Sobel gradient of the image's grey values, blurred.
 
     Args:
-        network: Only asked for the decision, which has no influence.
+        network: Has no influence.
         blur: Sigma of the Gaussian as a share of the image's shorter side; 0 is off.
 
     Raises:
         ValueError: If ``blur`` is outside [0, 0.3], at the first image.
     """
+
+    reads_target = False
 
     def __init__(self, network: Network, blur: float = 0.02) -> None:
         self.network, self.blur = network, blur

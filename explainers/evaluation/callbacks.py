@@ -158,7 +158,9 @@ class GeneratedImages(StageCallback):
     def add(self, module: LightningModule, outputs: Mapping[str, Tensor], batch: Batch) -> None:
         """Compare the generated images and what the classifier says of them."""
         assert isinstance(module.network, Network)
-        logits = [outputs[key] for key in ("logits", "logits_similar", "logits_adversarial")]
+        logits = [
+            outputs[key].float() for key in ("logits", "logits_similar", "logits_adversarial")
+        ]
         decision, similar, adversarial = (decide(z, module.network.threshold) for z in logits)
         self.decisions.update(
             decision, probabilities(logits[1]), probabilities(logits[2]), similar, adversarial

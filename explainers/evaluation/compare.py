@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import distributed as dist
 
 from classifiers.network import Network, decide, probabilities
 from explainers.base import Explainer
+from explainers.batches import peak_memory
 from explainers.evaluation.metrics.generated import flipped, image_similarity, kept
 from explainers.evaluation.metrics.localisation import (
     average_precision,
@@ -327,7 +327,7 @@ def measured(cost: Cost, image: Tensor) -> Iterator[None]:
     if larger:
         if not on_gpu and hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)  # memory that is kept and taken again would not count
-        before = _peak(image.device, reset=True)
+        before = peak_memory(image.device, reset=True)
     start = time.perf_counter()
     yield
     if on_gpu:
@@ -336,20 +336,5 @@ def measured(cost: Cost, image: Tensor) -> Iterator[None]:
     cost.images += len(image)
     if larger:
         cost.largest = len(image)
-        megabytes = (_peak(image.device) - before) / 2**20
+        megabytes = (peak_memory(image.device) - before) / 2**20
         cost.megabytes = float(np.maximum(cost.megabytes, megabytes))  # NaN stays NaN
-
-
-def _peak(device: torch.device, *, reset: bool = False) -> float:
-    """Peak memory in bytes: of the GPU, or of this process on Linux; NaN elsewhere."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return float(torch.cuda.max_memory_allocated(device))
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024.0 * int(line.split()[1])

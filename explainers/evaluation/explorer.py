@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from io import BytesIO
 from typing import Any
 
 import matplotlib as mpl
@@ -18,8 +17,8 @@ from jaxtyping import Bool, Float
 from jinja2 import Environment
 from markupsafe import Markup
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
+from torchvision.io import encode_png
 
 from explainers.evaluation.metrics.scaling import known, set_range
 
@@ -134,10 +133,7 @@ def content_of(case: Case) -> dict[str, Any]:
 
 def png(image: Float[Tensor, "3 h w"]) -> str:
     """An RGB image in [0, 1] as base64 of a PNG file."""
-    array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    buffer = BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return text(encode_png((image.clamp(0, 1) * 255).round().byte()).numpy())
 
 
 def text(array: NDArray[Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import sys
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from explainers.whole import write_whole
 
 PACKAGE = __name__.split(".")[0]
 SCORING = f"{PACKAGE}.evaluation.compare"
@@ -59,9 +60,7 @@ class Finished:
     def write(self, path: Path, result: object) -> None:
         """Keep a result of plain values; a kill meanwhile leaves no half file under its name."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(".part")
-        half.write_text(json.dumps(result))
-        os.replace(half, path)
+        write_whole(path, json.dumps(result))
 
     def read(self, path: Path | None) -> Any:
         """The result, or None where it is not there."""

@@ -5,18 +5,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from jinja2 import Environment
 from markupsafe import Markup
-from PIL import Image
 from torch import Tensor
 
 from explainers.evaluation import pictures
-from explainers.evaluation.explorer import Case
+from explainers.evaluation.explorer import Case, png
 
 
 @dataclass(frozen=True)
@@ -28,13 +25,9 @@ class Picture:
 
     def data_uri(self, side: int = 160) -> str:
         """PNG of at least ``side`` pixels as a data URI, so that the page stands alone."""
-        array = (self.pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        image = Image.fromarray(array)
-        scale = max(1, round(side / image.height))
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        buffer = BytesIO()
-        image.save(buffer, "PNG", optimize=True)
-        return png_uri(buffer.getvalue())
+        scale = max(1, round(side / self.pixels.shape[1]))
+        larger = self.pixels.cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        return f"data:image/png;base64,{png(larger)}"
 
 
 PAGE = """<!doctype html>
@@ -89,12 +82,13 @@ def html_page(
     )
 
 
-def gallery_of(cases: Iterable[Case]) -> dict[str, list[Picture]]:
-    """Image, similar and adversarial images, maps and their top 5 % in a row for each case."""
+def gallery_of(cases: Iterable[Case], most: int) -> dict[str, list[Picture]]:
+    """Image, generated images, maps and their top 5 %: a row for each of the first annotated."""
     gallery: dict[str, list[Picture]] = {}
     for case in cases:
-        image = case.image[None]
-        mask = torch.zeros_like(image[:, 0]).bool() if case.mask is None else case.mask[None]
+        if case.mask is None or len(gallery) == most:
+            continue
+        image, mask = case.image[None], case.mask[None]
         columns = {"image": pictures.outlined(image, mask)}
         for name, one in case.maps.items():
             if name in case.generated:

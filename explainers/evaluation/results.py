@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from explainers.evaluation.figures import plots
-from explainers.evaluation.statistics import read_scores, write_scores
+from explainers.evaluation.statistics import read_scores, scores_csv
 from explainers.evaluation.tables import (
     classifier_table,
     generated_table,
@@ -16,6 +16,7 @@ from explainers.evaluation.tables import (
     markdown,
     wide_table,
 )
+from explainers.whole import write_whole
 
 
 @dataclass
@@ -43,21 +44,20 @@ class Results:
             The tables shown, by their heading.
         """
         out.mkdir(parents=True, exist_ok=True)
-        write_scores(self.scores, out / "scores.csv")
-        self.images.to_csv(out / "images.csv", index=False)
-        self.costs.to_csv(out / "costs.csv", index=False)
         long = long_table(self.scores, self.images)
-        long.to_csv(out / "table.csv", index=False)
+        write_whole(out / "scores.csv", scores_csv(self.scores))
+        for name, table in {"images": self.images, "costs": self.costs, "table": long}.items():
+            write_whole(out / f"{name}.csv", table.to_csv(index=False))
         shown = {"Localisation": wide_table(long, self.scores, self.costs, reference)}
         if (self.scores["metric"] == "kept").any():
             shown["Generated images"] = generated_table(long)
         shown["Classifier"] = classifier_table(long)
         text = [f"## {name}\n\n{markdown(table)}" for name, table in shown.items()]
-        (out / "table.md").write_text("\n".join(text))
+        write_whole(out / "table.md", "\n".join(text))
         latex = [table.to_latex(index=False, escape=True) for table in shown.values()]
-        (out / "table.tex").write_text("\n".join(latex))
+        write_whole(out / "table.tex", "\n".join(latex))
         for name, content in plots(long, self.costs).items():
-            (out / f"{name}.png").write_bytes(content)
+            write_whole(out / f"{name}.png", content)
         return shown
 
     @classmethod
@@ -70,6 +70,8 @@ class Results:
         if not (out / "scores.csv").exists():
             raise ValueError(f"{str(out)!r} holds no scores.csv; give the out folder of compare.")
         text = {"id": str, "group": str}
-        images = pd.read_csv(out / "images.csv", dtype=text, keep_default_na=False)
-        costs = pd.read_csv(out / "costs.csv")
+        images = pd.read_csv(
+            out / "images.csv", dtype=text, keep_default_na=False, float_precision="round_trip"
+        )
+        costs = pd.read_csv(out / "costs.csv", float_precision="round_trip")
         return cls(read_scores(out / "scores.csv"), images, costs)

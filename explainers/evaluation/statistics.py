@@ -61,15 +61,20 @@ def checked_scores(scores: pd.DataFrame) -> pd.DataFrame:
     return scores
 
 
-def write_scores(scores: pd.DataFrame, path: Path) -> None:
-    """Write scores per image as CSV, every digit kept and NaN left empty; see `checked_scores`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checked_scores(scores).to_csv(path, index=False)
+def scores_csv(scores: pd.DataFrame) -> str:
+    """Scores per image as CSV, every digit kept and NaN left empty; see `checked_scores`."""
+    return checked_scores(scores).to_csv(index=False)
 
 
 def read_scores(path: Path) -> pd.DataFrame:
-    """Read what `write_scores` wrote; ids and groups stay text ("007", "NA", "")."""
-    scores = pd.read_csv(path, dtype=KINDS, keep_default_na=False, na_values={"value": [""]})
+    """Read a file of `scores_csv`; ids and groups stay text ("007", "NA", "")."""
+    scores = pd.read_csv(
+        path,
+        dtype=KINDS,
+        keep_default_na=False,
+        na_values={"value": [""]},
+        float_precision="round_trip",
+    )
     return checked_scores(scores)
 
 

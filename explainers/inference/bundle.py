@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 
 from classifiers.network import Network, decide, probabilities
-from explainers.views import Views, inverse, seen_pixels, smooth
+from explainers.views import Views, laid_out, smooth
 
 
 class Answer(NamedTuple):
@@ -31,7 +31,29 @@ class Answer(NamedTuple):
     map: Tensor
 
 
+class Explanation(NamedTuple):
+    """An `Answer` without its images."""
+
+    probability: Tensor
+    decision: Tensor
+    map: Tensor
+
+
 OUTPUTS = Answer._fields
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """What a bundle asks of a learned explainer."""
+
+    def eval(self) -> Generator:
+        """Itself, in eval mode."""
+
+    def drawn(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Similar and adversarial image (b, c, h, w), and the map (b, h, w)."""
+
+    def plain(self, image: Tensor) -> Tensor:
+        """The map alone."""
 
 
 class Bundle(nn.Module):
@@ -41,7 +63,7 @@ class Bundle(nn.Module):
 
     Args:
         network: The classifier.
-        generator: Gives the similar and the adversarial image of an image.
+        generator: Module that gives the similar and the adversarial image and the map of an image.
         size: Height and width of the images, pixels.
         views: Geometric views to average over, all in one batch; none by default.
         smoothing: Sigma of a Gaussian over the map, share of the image side; 0 is off.
@@ -54,7 +76,7 @@ class Bundle(nn.Module):
     def __init__(
         self,
         network: Network,
-        generator: nn.Module,
+        generator: Generator,
         size: tuple[int, int],
         views: Views | None = None,
         smoothing: float = 0.0,
@@ -63,23 +85,31 @@ class Bundle(nn.Module):
         self.network, self.generator = network.eval(), generator.eval()
         self.smoothing, self.count = smoothing, views.count if views else 0
         if views and views.count:
-            forward = views.matrices(*size)
-            back = inverse(forward)
+            forward, back, seen = laid_out(views, *size)
             self.register_buffer("there", sampling_grid(back, *size))
             self.register_buffer("back", sampling_grid(forward, *size))
-            self.register_buffer("seen", seen_pixels(forward, back, *size).float())
+            self.register_buffer("seen", seen.float())
 
     def forward(
         self, image: Float[Tensor, "b c h w"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The fields of an `Answer`, as a plain tuple that a file can hold."""
+        similar, adversarial, plain = self.generator.drawn(image)
+        probability, decision, maps = self.judged(image, plain)
+        return probability, decision, similar, adversarial, maps
+
+    def explained(self, image: Float[Tensor, "b c h w"]) -> Explanation:
+        """An answer without its images, which may take longer to draw than the map."""
+        return Explanation(*self.judged(image, self.generator.plain(image)))
+
+    def judged(
+        self, image: Float[Tensor, "b c h w"], plain: Float[Tensor, "b h w"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Probability, decision, and the map averaged and smoothed."""
         logits = self.network(image)
-        similar, adversarial = self.generator(image)
-        plain = difference(similar, adversarial)
         maps = self.averaged(image, plain) if self.count else plain
         decision = decide(logits, self.network.threshold)
-        maps = smooth(maps, self.smoothing)
-        return probabilities(logits), decision, similar, adversarial, maps
+        return probabilities(logits), decision, smooth(maps, self.smoothing)
 
     def averaged(
         self, image: Float[Tensor, "b c h w"], plain: Float[Tensor, "b h w"]
@@ -88,18 +118,11 @@ class Bundle(nn.Module):
         batch = image.shape[0]
         views = image.repeat_interleave(self.count, 0)
         moved = sampled(views, self.there.repeat(batch, 1, 1, 1), "border")
-        maps = difference(*self.generator(moved))[:, None]
+        maps = self.generator.plain(moved)[:, None]
         maps = sampled(maps, self.back.repeat(batch, 1, 1, 1), "zeros")[:, 0]
         total = (maps.unflatten(0, (batch, self.count)) * self.seen).sum(1)
         times = self.seen.sum(0)
         return torch.where(times > 0, total / times.clamp(min=1), plain)
-
-
-def difference(
-    similar: Float[Tensor, "b c h w"], adversarial: Float[Tensor, "b c h w"]
-) -> Float[Tensor, "b h w"]:
-    """E(x) = abs(g_s(x) - g_a(x)), mean over the channels (Eq. 3)."""
-    return (similar - adversarial).abs().mean(1)
 
 
 def sampled(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from subprocess import DEVNULL, CalledProcessError, check_output
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+from explainers.whole import write_whole
 
 USE = (
     "Shows which parts of an image move this classifier's decision: to check a classifier, to find "
@@ -24,6 +26,41 @@ LICENCE = (
     "The code is Apache-2.0. The weights follow the licences of the training data and of the "
     "pretrained weights that they started from: {weights}."
 )
+
+
+class Told(NamedTuple):
+    """What a card tells of a model that is to be used."""
+
+    channels: Literal[1, 3]
+    size: int
+    class_names: Sequence[str]
+
+
+def read_card(model: Path) -> Told:
+    """What the card beside an exported model tells of it.
+
+    Raises:
+        ValueError: If there is none, it is damaged, or it belongs to another file.
+    """
+    path = model.with_name("card.json")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: keep it beside the model that it belongs to.")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        _, channels, size, _ = content["input"]["shape"]
+        names, digest = content["classifier"]["class_names"], content["sha256"][model.name]
+        plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not plain or len(set(names)) < max(len(names), 2) or channels not in (1, 3):
+            raise ValueError
+        if type(size) is not int or size < 1:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version: export {model} anew."
+        ) from error
+    if hashlib.sha256(model.read_bytes()).hexdigest() != digest:
+        raise ValueError(f"{model} is not the file that {path} tells of: export both anew.")
+    return Told(channels, size, names)
 
 
 def card(
@@ -54,8 +91,7 @@ def card(
 
 
 def write_card(content: Mapping[str, Any], folder: Path) -> None:
-    """Write card.json and card.md."""
-    (folder / "card.json").write_text(json.dumps(content, indent=2))
+    """Write card.md and card.json."""
     lines = [f"# {content['name']}", ""]
     for name, value in content.items():
         if isinstance(value, list):
@@ -66,7 +102,8 @@ def write_card(content: Mapping[str, Any], folder: Path) -> None:
             lines += [f"## {name.replace('_', ' ')}", "", *head, *rows, ""]
         elif name != "name":
             lines += [f"**{name.replace('_', ' ')}**: {value}", ""]
-    (folder / "card.md").write_text("\n".join(lines))
+    write_whole(folder / "card.md", "\n".join(lines))
+    write_whole(folder / "card.json", json.dumps(content, indent=2))
 
 
 def own_version() -> str:

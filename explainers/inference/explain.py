@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,8 +29,9 @@ from skimage.measure import regionprops
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from datamodules.images import read_image, resize_image
-from explainers.inference.bundle import Answer
+from datamodules.images import check_deflated, read_image, resize_image
+from explainers.inference.bundle import Answer, Explanation
+from explainers.whole import whole, write_whole
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom"}
 TABLE = "results.csv"
@@ -39,14 +42,14 @@ class Model(NamedTuple):
     """What answers for images of one size.
 
     Attributes:
-        answer: Images (b, c, size, size) in, an `Answer` out.
+        answer: Images (b, c, size, size) in, an `Answer` out, or what files need of it.
         size: Side of the images, pixels.
         channels: 1 or 3.
         class_names: In the order of the decisions.
         settings: Whatever changes the answer, as text: weights, views, smoothing.
     """
 
-    answer: Callable[[Tensor], Answer]
+    answer: Callable[[Tensor], Answer | Explanation]
     size: int
     channels: Literal[1, 3]
     class_names: Sequence[str]
@@ -122,10 +125,13 @@ def pictures_of(path: Path) -> list[Source]:
                 frames = getattr(image, "n_frames", 1)
         elif path.suffix.lower() in {".dcm", ".dicom"} or is_dicom(path):
             dicom = True
-            frames = int(dcmread(path, stop_before_pixels=True).get("NumberOfFrames") or 1)
+            with path.open("rb") as file:
+                check_deflated(file)
+                told = dcmread(file, stop_before_pixels=True).get("NumberOfFrames")
+            frames = int(told or 1)
     except Exception:  # told with its reason where it is read
         frames = 1
-    if frames == 1:
+    if not 1 < frames <= path.stat().st_size:  # a frame of less than a byte is none
         return [Source(path, None, dicom)]
     return [Source(path, frame, dicom) for frame in range(frames)]
 
@@ -175,8 +181,9 @@ def explain_files(
     columns += ["peak_x", "peak_y", "boxes", "error"]
     settings = json.dumps([columns, model.settings, percentile])
     done = finished(out / TABLE, columns, settings, {source.key for source in every})
-    left = [source for source in every if source.key not in done]
-    batches = [left[k : k + batch_size] for k in range(0, len(left), batch_size)]
+    # as without a stop: in a batch of other pictures a map is rounded otherwise
+    parts = [every[k : k + batch_size] for k in range(0, len(every), batch_size)]
+    batches = [[source for source in part if source.key not in done] for part in parts]
     failed: list[Row] = []
     with (
         warnings.catch_warnings(),  # here, as it is not for threads
@@ -185,7 +192,9 @@ def explain_files(
         (out / TABLE).open("a", newline="", encoding="utf-8") as file,
     ):
         warnings.filterwarnings("ignore", module="highdicom")  # of names as the source has them
-        task = progress.add_task("Explaining", total=len(every), completed=len(every) - len(left))
+        task = progress.add_task(
+            "Explaining", total=len(every), completed=len(every) - sum(map(len, batches))
+        )
         writer = csv.DictWriter(file, columns, restval="")
         for rows in pool.map(lambda batch: [*explained(model, batch, out, percentile)], batches):
             writer.writerows(rows)
@@ -212,10 +221,12 @@ def finished(
             raise ValueError(
                 f"{table} is of another model or other settings; give another folder or remove it."
             )
-        with table.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["error"] is not None]
+        lines = table.read_bytes()  # the last may be half a line, perhaps half a character
+        kept = lines[: lines.rfind(b"\r\n") + 2].decode()
+        reader = csv.DictReader(io.StringIO(kept, newline=""))
+        rows = [row for row in reader if row["error"] is not None]
         rows = [row for row in rows if not row["error"] or key_of(row) not in wanted]
-    told.write_text(settings)
+    write_whole(told, settings)
     part = table.with_suffix(".part")
     with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -250,9 +261,12 @@ def explained(
             continue
         size = (image.shape[1], image.shape[2])
         heat = interpolate(answer.map[k][None, None], size, mode="bilinear")[0, 0].numpy()
-        shown = overlay(image, heat)
-        np.save(out / f"{source.name}.npy", heat)
-        Image.fromarray(shown).save(out / f"{source.name}.png")
+        shown, region = overlay(image, heat), heat > np.percentile(heat, percentile)
+        buffer = BytesIO()
+        np.save(buffer, heat)  # into a file it loses what a full disk does not take, without a word
+        write_whole(out / f"{source.name}.npy", buffer.getvalue())
+        with whole(out / f"{source.name}.png") as file:
+            Image.fromarray(shown).save(file, "PNG")
         row, column = np.unravel_index(int(heat.argmax()), heat.shape)
         shares = zip(model.class_names, answer.probability[k].tolist(), strict=True)
         yield {
@@ -263,8 +277,8 @@ def explained(
             **{f"p({name})": f"{share:.6f}" for name, share in shares},
             "peak_x": str(column),
             "peak_y": str(row),
-            "boxes": json.dumps(region_boxes(heat, percentile)),
-            "error": dicom_objects(model, source, shown, heat, out, percentile),
+            "boxes": json.dumps(region_boxes(region)),
+            "error": dicom_objects(model, source, shown, region, out, percentile),
         }
 
 
@@ -272,7 +286,7 @@ def dicom_objects(
     model: Model,
     source: Source,
     shown: NDArray[np.uint8],
-    heat: NDArray[np.float32],
+    region: NDArray[np.bool_],
     out: Path,
     percentile: float,
 ) -> str:
@@ -281,7 +295,6 @@ def dicom_objects(
         return ""
     from explainers.inference.dicom import write_objects
 
-    region = heat > np.percentile(heat, percentile)
     label = f"above percentile {percentile:g}"
     settings = json.dumps([model.settings, percentile])
     try:
@@ -307,8 +320,8 @@ def overlay(
     return mixed
 
 
-def region_boxes(heat: NDArray[np.float32], percentile: float) -> list[list[int]]:
-    """x0, y0, x1, y1 (half-open, pixels) of the regions above a percentile, the largest first."""
-    regions = regionprops(connected(heat > np.percentile(heat, percentile)))
+def region_boxes(region: NDArray[np.bool_]) -> list[list[int]]:
+    """x0, y0, x1, y1 (half-open, pixels) of each connected part, the largest first."""
+    regions = regionprops(connected(region))
     regions.sort(key=lambda region: -region.area)
     return [[region.bbox[i] for i in (1, 0, 3, 2)] for region in regions]

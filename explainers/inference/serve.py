@@ -19,6 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from explainers.inference.explain import ENDINGS
 
+Explain = Callable[[Path, int | None], Mapping[str, Any]]
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 READING, PATIENCE = 4, 30.0  # uploads at a time, and seconds that one may take
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -26,7 +27,7 @@ POLICY += "img-src blob: data:; connect-src 'self'; base-uri 'none'; frame-ances
 
 
 def application(
-    explain: Callable[[Path, int | None], Mapping[str, Any]],
+    explain: Explain,
     explorer: Markup,
     title: str,
     limit: int = 2**26,
@@ -86,9 +87,7 @@ async def read(request: Request, limit: int) -> bytes:
     return bytes(content)
 
 
-def answered(
-    explain: Callable[[Path, int | None], Mapping[str, Any]], content: bytes, name: str, frame: str
-) -> Response:
+def answered(explain: Explain, content: bytes, name: str, frame: str) -> Response:
     """The explanation of an upload, kept under a name of ours while it is read."""
     ending = Path(name).suffix.lower()
     with TemporaryDirectory(prefix="explain") as folder:

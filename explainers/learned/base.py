@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TypedDict
 
+import torch
 from jaxtyping import Float, Int64
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from classifiers.network import Network, check_classes, load_network
-from classifiers.optimisation import Optimisation
+from classifiers.optimisation import Optimisation, check_plan
 from explainers.base import Explainer, untouched
 from explainers.learned.generators import Geometry
 
@@ -26,6 +28,27 @@ class Generated(TypedDict):
     logits: Tensor
     logits_similar: Tensor
     logits_adversarial: Tensor
+
+
+def summed(
+    terms: dict[str, Tensor], images: Sequence[Tensor], logits: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], Generated]:
+    """What an objective gives: its terms with their sum as "loss", and what was generated.
+
+    Args:
+        terms: Weighted, by name.
+        images: Similar and adversarial, each (b, c, h, w).
+        logits: Of the image, the similar and the adversarial one, each (b, k).
+    """
+    terms["loss"] = torch.stack(list(terms.values())).sum()
+    return terms, {
+        "loss": terms["loss"],
+        "similar": images[0],
+        "adversarial": images[1],
+        "logits": logits[0],
+        "logits_similar": logits[1],
+        "logits_adversarial": logits[2],
+    }
 
 
 class LearnedExplainer(LightningModule, Explainer):
@@ -66,25 +89,21 @@ class LearnedExplainer(LightningModule, Explainer):
             "optimisation": asdict(self.optimisation),
         }
 
+    def description(self) -> dict[str, Any]:
+        """Name of the class and `arguments`."""
+        return {"class": type(self).__name__, "arguments": self.arguments()}
+
     @abstractmethod
     def objective(self, image: Float[Tensor, "b c h w"]) -> tuple[dict[str, Tensor], Generated]:
         """Weighted terms by name, their sum as "loss" among them, and the generated images."""
 
-    def saliency(
-        self, image: Float[Tensor, "b c h w"], target: Int64[Tensor, " b"]
-    ) -> Float[Tensor, "b h w"]:
-        """E(x) = abs(g_s(x) - g_a(x)), mean over the channels (Eq. 3)."""
-        with untouched(self):
-            similar, adversarial = self(image)
-        difference: Tensor = similar - adversarial
-        return difference.abs().mean(1)
-
-    def check_target(self, target: Int64[Tensor, " b"], decision: Int64[Tensor, " b"]) -> None:
+    def check_target(self, image: Float[Tensor, "b c h w"], target: Int64[Tensor, " b"]) -> None:
         """A learned explainer explains the classifier's decision and no other class.
 
         Raises:
             ValueError: If a target differs from the decision.
         """
+        decision = self.network.decide(image)
         wrong = (target != decision).nonzero().flatten()
         if len(wrong):
             first = int(wrong[0])
@@ -112,9 +131,13 @@ class LearnedExplainer(LightningModule, Explainer):
                 f"{self.geometry.channels}; make them equal."
             )
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def on_train_start(self) -> None:
+        """Check that a resumed schedule reaches to the end."""
+        check_plan(self.trainer)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Objective of one batch; the labels and masks are not looked at."""
-        terms, generated = self.objective(batch["image"])
+        terms, generated = self.batch_objective(batch)
         self.log_dict({f"train/{name}": value for name, value in terms.items()})
         self.after_step(generated)
         return terms["loss"]
@@ -122,18 +145,22 @@ class LearnedExplainer(LightningModule, Explainer):
     def after_step(self, generated: Generated) -> None:
         """What else a step changes, seen from the images it generated."""
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Generated:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Generated:
         """Objective and generated images of one batch, for the callbacks."""
-        return self._evaluate(batch["image"], "val")
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Generated:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Generated:
         """Objective and generated images of one batch, for the callbacks."""
-        return self._evaluate(batch["image"], "test")
+        return self._evaluate(batch, "test")
 
-    def _evaluate(self, image: Tensor, stage: str) -> Generated:
-        terms, generated = self.objective(image)
+    def batch_objective(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Generated]:
+        """`objective` of a batch."""
+        return self.objective(batch["image"])
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> Generated:
+        terms, generated = self.batch_objective(batch)
         logged = {f"{stage}/{name}": value for name, value in terms.items()}
-        size: Any = float(len(image))  # gloo rounds a mean of whole numbers down
+        size: Any = float(len(batch["image"]))  # gloo rounds a mean of whole numbers down
         self.log_dict(logged, batch_size=size, sync_dist=True)
         return generated
 
@@ -144,8 +171,30 @@ class LearnedExplainer(LightningModule, Explainer):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint complete by itself: the classifier's recipe, this one's arguments."""
         checkpoint["network"] = dict(self.network.recipe)
-        checkpoint["explainer"] = {"class": type(self).__name__, "arguments": self.arguments()}
+        checkpoint["explainer"] = self.description()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the operating point that belongs to the checkpoint's classifier."""
         self.network.set_threshold(checkpoint["network"]["threshold"])
+
+
+class OnePass(LearnedExplainer):
+    """An explainer whose map is one pass of its own, the same for every class."""
+
+    reads_target = False
+
+    def saliency(
+        self, image: Float[Tensor, "b c h w"], target: Int64[Tensor, " b"]
+    ) -> Float[Tensor, "b h w"]:
+        """The map of `plain`."""
+        with untouched(self):
+            return self.plain(image)
+
+    def drawn(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Both images, and E(x) = abs(g_s(x) - g_a(x)), mean over the channels (Eq. 3)."""
+        similar, adversarial = self(image)
+        return similar, adversarial, (similar - adversarial).abs().mean(1)
+
+    def plain(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
+        """The map of `drawn` alone."""
+        return self.drawn(image)[2]

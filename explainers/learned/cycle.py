@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from classifiers.network import Network, decide
 from classifiers.optimisation import Optimisation
 from explainers.base import untouched
-from explainers.learned.base import Generated, LearnedExplainer
+from explainers.learned.base import Generated, LearnedExplainer, summed
 from explainers.learned.generators import Geometry
 from explainers.learned.losses import decision_loss, distance
 
@@ -131,15 +131,7 @@ class Conditional(LearnedExplainer):
         terms, images, drawn_logits = self.terms(image, decision)
         score = self.judged(images[1], 1 - decision)
         terms["adversary"] = -self.weights.adversary * score.mean()
-        terms["loss"] = torch.stack(list(terms.values())).sum()
-        return terms, {
-            "loss": terms["loss"],
-            "similar": images[0],
-            "adversarial": images[1],
-            "logits": logits,
-            "logits_similar": drawn_logits[0],
-            "logits_adversarial": drawn_logits[1],
-        }
+        return summed(terms, images, (logits, *drawn_logits))
 
     def judged(
         self, image: Float[Tensor, "b c h w"], label: Int64[Tensor, " b"]
@@ -196,6 +188,7 @@ class Conditional(LearnedExplainer):
         generators, discriminators = optimizers
         self.toggle_optimizer(generators)
         terms, generated = self.objective(image)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()})
         generators.zero_grad()
         self.manual_backward(terms["loss"])
         generators.step()
@@ -210,7 +203,6 @@ class Conditional(LearnedExplainer):
         self.manual_backward(loss)
         discriminators.step()
         self.untoggle_optimizer(discriminators)
-        self.log_dict({f"train/{name}": value for name, value in terms.items()})
         self.log("train/discriminator", loss)
 
     def arguments(self) -> dict[str, Any]:

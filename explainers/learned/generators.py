@@ -222,7 +222,9 @@ class Encoded(nn.Module):
                 f"('resnet18'), but got {encoder!r}."
             ) from error
         self.stride = 2 ** len(widths)
-        self._freeze_unused(torch.zeros(1, channels, self.stride, self.stride))
+        image = torch.zeros(1, channels, self.stride, self.stride)
+        if not image.is_meta:  # an outline without memory has no gradients to look at
+            self._freeze_unused(image)
 
     @torch.enable_grad()
     def _freeze_unused(self, image: Tensor) -> None:

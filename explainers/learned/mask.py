@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from classifiers.network import Network, decide
 from classifiers.optimisation import Optimisation
 from explainers.base import untouched
-from explainers.learned.base import Generated, LearnedExplainer
+from explainers.learned.base import Generated, LearnedExplainer, summed
 from explainers.learned.generators import Geometry, head
 from explainers.learned.losses import squared_variation
 from explainers.views import blurred
@@ -74,6 +74,7 @@ class MaskGenerator(LearnedExplainer):
             raise ValueError("a mask is added to nothing: leave output 'delta' to the others.")
         self.conditional, self.background, self.blur = conditional, background, blur
         self.weights = weights or MaskWeights()
+        self.reads_target = conditional
         self.planes = self.network.num_classes if conditional else 0
         self.unet, features = self.geometry.build(self.planes)
         self.head = head(features, 1, 1)
@@ -110,10 +111,10 @@ class MaskGenerator(LearnedExplainer):
         with untouched(self):
             return self.mask(image, target)[:, 0]
 
-    def check_target(self, target: Int64[Tensor, " b"], decision: Int64[Tensor, " b"]) -> None:
+    def check_target(self, image: Float[Tensor, "b c h w"], target: Int64[Tensor, " b"]) -> None:
         """Any class if the U-Net is told it, else the decision alone."""
         if not self.conditional:
-            super().check_target(target, decision)
+            super().check_target(image, target)
 
     def objective(self, image: Float[Tensor, "b c h w"]) -> tuple[dict[str, Tensor], Generated]:
         """l1 TV(m) + l2 mean(m) - log p(inside) + l3 p(outside)^l4, p of the decided class."""
@@ -131,15 +132,7 @@ class MaskGenerator(LearnedExplainer):
             "preserve": -log_probability(logits_inside, decision).mean(),
             "destroy": weights.destroy * left.exp().mean(),
         }
-        terms["loss"] = torch.stack(list(terms.values())).sum()
-        return terms, {
-            "loss": terms["loss"],
-            "similar": inside,
-            "adversarial": outside,
-            "logits": logits,
-            "logits_similar": logits_inside,
-            "logits_adversarial": logits_outside,
-        }
+        return summed(terms, (inside, outside), (logits, logits_inside, logits_outside))
 
     def arguments(self) -> dict[str, Any]:
         """Plain constructor arguments, without the network."""

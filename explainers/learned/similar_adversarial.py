@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from classifiers.network import Network, decide, paired_logits
 from classifiers.optimisation import Optimisation
-from explainers.learned.base import Generated, LearnedExplainer
+from explainers.learned.base import Generated, OnePass, summed
 from explainers.learned.generators import Geometry
 from explainers.learned.losses import (
     decision_loss,
@@ -66,7 +66,7 @@ class Weights:
             )
 
 
-class SimilarAdversarial(LearnedExplainer):
+class SimilarAdversarial(OnePass):
     """Generators of a similar and an adversarial image; their absolute difference explains.
 
     Args:
@@ -135,15 +135,8 @@ class SimilarAdversarial(LearnedExplainer):
         }
         if weights.proximity:
             terms["proximity"] = weights.proximity * weight_proximity(*self.paired_weights())
-        terms["loss"] = torch.stack(list(terms.values())).sum()
-        return terms, {
-            "loss": terms["loss"],
-            "similar": similar,
-            "adversarial": adversarial,
-            "logits": logits,
-            "logits_similar": logits_similar,
-            "logits_adversarial": logits_adversarial,
-        }
+        drawn_logits = logits_similar, logits_adversarial
+        return summed(terms, (similar, adversarial), (logits, *drawn_logits))
 
     def after_step(self, generated: Generated) -> None:
         """Let the classification weights follow the share of flipped decisions."""

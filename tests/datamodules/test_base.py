@@ -33,6 +33,7 @@ from datamodules.base import (
     split_by_seed,
     unpack,
 )
+from datamodules.images import BadImage
 
 SMALL = Loading(size=8, batch_size=4)
 
@@ -386,6 +387,68 @@ def test_trainer_shuffles_anew_each_epoch_and_augments_training_alone() -> None:
     assert first != second
     assert module.seen["val"] == 2 * [record.id for record in data.splits["val"]]
     assert module.changed == {"train": True, "val": False}
+
+
+class Torn(Drawn):
+    """Images 1 and 6 (training) and 8 (validation) cannot be read."""
+
+    def read(self, record: Record) -> Sample:
+        if record.id in {"1", "6", "8"}:
+            self.reads[record.id] += 1
+            raise BadImage(f"Image {record.id} cannot be read: torn.")
+        return super().read(record)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_left_out_and_the_others_stay(workers: int) -> None:
+    loading = Loading(size=8, batch_size=4, workers=workers, on_bad_image="skip")
+    for split in (True, False):
+        data, intact = Torn(rows(50, split), loading), Drawn(rows(50, split))
+        with pytest.warns(UserWarning, match="^Left out: ") as told:
+            data.setup()
+        sentences = [f"Left out: Image {name} cannot be read: torn." for name in ("1", "6", "8")]
+        assert sorted(str(one.message) for one in told) == sentences
+        intact.setup()
+        for name in SPLITS:
+            kept = [r for r in intact.splits[name] if r.id not in {"1", "6", "8"}]
+            assert data.splits[name] == kept
+            assert ids(data.loader(name)) == [record.id for record in kept]
+        assert workers or set(data.reads.values()) == {1}  # the check fills the memory
+
+
+def test_bad_images_are_errors_unless_skipped() -> None:
+    data = Torn(rows(50, split=True))
+    with pytest.raises(BadImage, match="Image 1 cannot be read"):
+        list(data.loader("train"))
+
+
+def test_a_split_of_bad_images_alone_is_an_error() -> None:
+    data = Torn(rows(9, split=True), Loading(size=8, on_bad_image="skip"))
+    data.rows = [r for r in data.rows if r.split != "val" or r.id == "8"]
+    with (
+        pytest.warns(UserWarning, match="Left out"),
+        pytest.raises(ValueError, match="'val' of Torn"),
+    ):
+        data.setup()
+
+
+def check(rank: int, folder: Path) -> None:
+    """One of two processes: write what it leaves out and how many batches it has."""
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(folder / "store"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    data = Torn(rows(50, split=True), Loading(size=8, batch_size=4, on_bad_image="skip"))
+    data.setup()
+    told = [sorted(data.skipped), len(data.train_dataloader()), sum(data.reads.values())]
+    (folder / str(rank)).write_text(repr(told))
+    distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_check_and_leave_out_the_same(tmp_path: Path) -> None:
+    multiprocessing.start_processes(check, (tmp_path,), nprocs=2, start_method="fork")
+    assert {(tmp_path / str(rank)).read_text() for rank in range(2)} == {
+        repr([["1", "6", "8"], 3, 25])  # 28 training images: 14 a process
+    }
 
 
 def serve(rank: int, folder: Path) -> None:

@@ -96,7 +96,8 @@ def test_boxes_are_the_tight_boxes_of_the_outlines(number: int, size: int) -> No
 def test_boxes_as_evidence_are_the_boxes_of_the_column(number: int) -> None:
     data = Phantom(12, 12, 12, evidence="boxes")
     expected = torch.zeros(64, 64, dtype=torch.bool)
-    boxes = json.loads(data.record("test", number).columns["boxes"])
+    columns = data.record("test", number).columns
+    boxes = json.loads(columns["boxes"])
     for x0, y0, x1, y1 in boxes:
         expected[y0:y1, x0:x1] = True
     mask, outline = sample(data, number).mask, sample(phantom(), number).mask
@@ -105,13 +106,16 @@ def test_boxes_as_evidence_are_the_boxes_of_the_column(number: int) -> None:
     assert outline is not None
     assert torch.equal(mask, expected)
     assert (mask & outline).sum() == outline.sum() < mask.sum()
+    assert columns["opacities"] == str(len(boxes))
+    assert float(columns["box_share"]) == pytest.approx(float(mask.float().mean()), abs=1e-4)
 
 
 def test_healthy_images_have_no_evidence() -> None:
     data = phantom()
     record = data.record("test", 4)
     mask = data.read(record).mask
-    assert (record.label, record.columns["boxes"]) == (0, "")
+    assert record.label == 0
+    assert record.columns == {"boxes": "", "opacities": "0", "box_share": ""}
     assert mask is not None
     assert not mask.any()
 

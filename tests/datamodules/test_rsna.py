@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from datamodules import decoded as cache
-from datamodules.base import Loading, data_root
+from datamodules.base import Loading, data_root, unpack
 from datamodules.decoded import decode_all
-from datamodules.images import read_image
+from datamodules.images import read_image, resize_image
 from datamodules.rsna import RSNAPneumonia, read_tables
 
 SMALL = Loading(size=32, batch_size=4)
@@ -108,7 +108,8 @@ def test_images_and_masks(folder: Path, workers: int) -> None:
     for index, record in enumerate(data.records()):
         sample = data.read(record)
         expected = pixels(index).reshape(32, 2, 32, 2).mean((1, 3)) / 255
-        assert_close(sample.image[0], torch.from_numpy(expected).float(), atol=4 / 255, rtol=0)
+        image = unpack(sample.image)[0]
+        assert_close(image, torch.from_numpy(expected).float(), atol=4 / 255, rtol=0)
         assert (sample.mask is None) == (record.label == 0)
     mask = data.read(data.records()[2]).mask
     assert mask is not None
@@ -124,10 +125,34 @@ def test_cache_is_used_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     data.prepare_data()
     assert data.read(data.records()[0]).image.shape == (1, 32, 32)
     (about,) = (folder / "cache").glob("*.json")
-    beside = [about.with_suffix(".npy"), about.with_suffix(".sizes.npy")]
+    beside = [about.with_suffix(".npy"), about.with_suffix(".facts.npy")]
     assert sorted((folder / "cache").iterdir()) == sorted([about, *beside])
     assert data.decoded(next(iter(EXAMS)))[1] == (64, 64)
     assert json.loads(about.read_text())["ids"] == list(EXAMS)[:5]
+
+
+def test_sixteen_bits_keep_what_eight_round(folder: Path) -> None:
+    fine, coarse = (RSNAPneumonia(str(folder), loading=Loading(32, bits=b)) for b in (16, 8))
+    for data in (fine, coarse):
+        data.prepare_data()
+    record = fine.records()[0]
+    exact = resize_image(read_image(fine.paths()[record.id], 1), 32)
+    assert fine.read(record).image.dtype == torch.uint16
+    assert_close(unpack(fine.read(record).image), exact, atol=0.51 / 65535, rtol=0)
+    rounded = (unpack(coarse.read(record).image) - exact).abs().max()
+    assert 1 / 65535 < rounded <= 0.51 / 255
+
+
+def test_a_damaged_image_is_named(folder: Path) -> None:
+    data = RSNAPneumonia(str(folder), loading=SMALL)
+    data.prepare_data()
+    first, second = data.records()[:2]
+    pixels = np.load(data.cache_file, "r+")
+    pixels[data.places[second.id], 3, 4] ^= 1
+    pixels.flush()
+    data.read(first)
+    with pytest.raises(ValueError, match=f"damaged: image '{second.id}' has another checksum"):
+        data.read(second)
 
 
 def test_other_settings_are_another_cache(folder: Path) -> None:

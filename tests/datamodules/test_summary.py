@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from files import write_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -138,6 +139,26 @@ def test_config_and_command_line_print_the_same(
     (tmp_path / "preset.yaml").write_text("data: data.yaml\n")  # relative to the preset
     main(["-c", str(tmp_path / "preset.yaml")])
     assert capsys.readouterr().out == by_config
+
+
+def test_images_that_cannot_be_read_are_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIMADV_DATA", str(tmp_path))
+    lines = ["image,label,split"]
+    for k, split in enumerate(["train", "val", "test"] * 2):
+        write_image(tmp_path / f"{k}.png", np.full((8, 8), 9, np.uint8))
+        lines.append(f"{k}.png,a,{split}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    options = ["--data=ImageTable", "--data.table=t.csv", "--data.loading.size=8"]
+    main(options)
+    assert "cannot be read" not in capsys.readouterr().out
+    (tmp_path / "4.png").write_bytes(b"no image")
+    main(options)
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2] == "1 of 6 images cannot be read:"
+    assert told[-1].startswith(f"Table {tmp_path / 't.csv'}, line 6: Image {tmp_path / '4.png'} ")
+    assert [line.split()[1] for line in told[2:5]] == ["2", "1", "2"]
 
 
 @pytest.mark.parametrize("text", ["", "model: {}"])

@@ -40,7 +40,7 @@ class Recorder(Explainer):
 class OnlyOne(Recorder):
     """Explains class 1 alone."""
 
-    def check_target(self, target: Tensor, decision: Tensor) -> None:
+    def check_target(self, image: Tensor, target: Tensor) -> None:
         if (target != 1).any():
             raise ValueError("only class 1 can be explained.")
 
@@ -142,6 +142,18 @@ def test_the_target_is_the_decision_on_the_image_itself() -> None:
     decision = explainer.network.eval().decide(image)
     seen = torch.cat(explainer.targets)[:20]
     assert torch.equal(seen, decision.repeat_interleave(5))
+
+
+def test_what_does_not_read_the_target_spares_the_network() -> None:
+    explainer, calls = Recorder(network()), list[int]()
+    explainer.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    explainer.explain(images())
+    assert len(calls) == 2  # the decision, and the explainer's own
+    explainer.explain(images(), torch.tensor([1, 0, 1]))
+    assert len(calls) == 3
+    explainer.reads_target = False
+    explainer.explain(images())
+    assert len(calls) == 4
 
 
 def test_a_given_target_is_passed_on_and_checked() -> None:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from explainers.batches import halving, in_batches, in_parts, out_of_memory
+from explainers.batches import (
+    Budget,
+    halving,
+    in_batches,
+    in_parts,
+    limit_memory,
+    out_of_memory,
+)
 
 CPU = torch.device("cpu")
 
@@ -58,3 +69,82 @@ def test_batches_are_put_together_again() -> None:
     image, target = torch.rand(5, 1, 2, 2), torch.arange(5)
     found = in_batches(lambda x, k: x[:, 0] * k[:, None, None], image, target, 2)
     assert_close(found, image[:, 0] * target[:, None, None])
+
+
+BUDGET = """
+import json, sys, warnings
+import torch
+from explainers.batches import in_batches, limit_memory, peak_memory
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+torch.manual_seed(0)
+layer = torch.nn.Conv2d(3, 64, 3).requires_grad_(False)
+image, target, sizes = torch.rand(64, 3, 128, 128), torch.zeros(64).long(), []
+def run(part, _):
+    sizes.append(len(part))
+    return layer(part).amax((1, 2, 3))
+expected = torch.cat([run(part, None) for part in image.split(1)])
+sizes.clear()
+limit_memory(2**20, image.device)
+in_batches(run, image[:1], target[:1], 1)  # imports and first pages of the mode are not counted
+sizes.clear()
+budget = int(peak_memory(image.device, reset=True) / 2**20) + int(sys.argv[1])
+limit_memory(budget, image.device)
+found = in_batches(run, image, target, 64)
+torch.testing.assert_close(found, expected)
+print(json.dumps([budget, peak_memory(image.device) / 2**20, sizes]))
+"""
+
+
+@pytest.mark.parametrize(
+    "more", [110, pytest.param(200, marks=pytest.mark.slow)]
+)  # of which 64 are kept back; an image takes 4
+def test_the_peak_stays_under_the_budget(more: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUDGET, str(more)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    budget, peak, sizes = json.loads(done.stdout)
+    assert sizes[0] == 64
+    assert 64 > sizes[-1] >= (4 if more == 110 else 16)
+    assert peak <= budget
+    assert peak > budget - 64 - 4 * 2 * sizes[-1]  # what is allowed is used
+
+
+def test_a_budget_that_is_used_up_already_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Budget, "bytes", None)
+    with pytest.raises(ValueError, match=r"memory_megabytes must be above the \d+ .* but got 100"):
+        limit_memory(100, CPU)
+    assert Budget.bytes is None
+
+
+def test_gradients_and_nested_batches_under_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradients as without; too little for one image is an error."""
+    image = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    layer = torch.nn.Conv2d(3, 64, 3).requires_grad_(False)
+
+    def gradient(part: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        free = part.clone().requires_grad_()
+        (found,) = torch.autograd.grad(layer(free).square().sum(), free)
+        return found
+
+    def nested(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return in_batches(gradient, part, target, 4)
+
+    target = torch.zeros(8).long()
+    expected = gradient(image, target)
+    reported = [0.0]  # the pages of small work come and go: the test counts by itself
+    monkeypatch.setattr("explainers.batches.resident", lambda: reported[0])
+    monkeypatch.setattr(Budget, "bytes", 2.5 * 4 * 64 * 62 * 62)
+    with pytest.warns(UserWarning, match="out of memory: going on with batches of 1"):
+        assert_close(in_batches(nested, image, target, 8), expected)
+    reported[0] = 2.5 * 4 * 64 * 62 * 62
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(torch.OutOfMemoryError, match="would exceed memory_megabytes; raise it"),
+    ):
+        in_batches(gradient, image, target, 8)

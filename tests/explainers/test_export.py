@@ -97,7 +97,10 @@ def test_the_readme_needs_nothing_of_this_project(
 
 
 def test_files_explained_by_the_exported_model(
-    exported: tuple[Path, str], phantom_single: Path, tmp_path: Path
+    exported: tuple[Path, str],
+    phantom_single: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As by the checkpoint with the same views and smoothing."""
     rng = np.random.default_rng(0)
@@ -106,6 +109,7 @@ def test_files_explained_by_the_exported_model(
     assert explain(str(exported[0] / "model.onnx"), inputs, str(tmp_path / "onnx")) == []
     views = Views(count=3)
     explain(str(phantom_single), inputs, str(tmp_path / "own"), views=views, smoothing=0.05)
+    monkeypatch.setenv("SIMADV_TRUST", str(exported[0] / "model.pt2"))
     explain(str(exported[0] / "model.pt2"), inputs, str(tmp_path / "pt2"))
     program = np.load(next((tmp_path / "pt2").glob("*.npy")))
     one, two = (np.load(next((tmp_path / name).glob("*.npy"))) for name in ("onnx", "own"))

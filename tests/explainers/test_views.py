@@ -36,6 +36,7 @@ class Fixed(Views):
     """Views whose transforms are given by the test."""
 
     given: Tensor
+    __eq__, __hash__ = object.__eq__, object.__hash__  # what is given is no field
 
     def matrices(self, height: int, width: int) -> Tensor:
         return self.given
@@ -308,3 +309,14 @@ def test_no_smoothing_is_the_map_itself() -> None:
 def test_smooth_refuses_other_sigmas(sigma: float) -> None:
     with pytest.raises(ValueError, match=rf"share of the image side in .*, but got {sigma}"):
         smooth(torch.zeros(1, 8, 8), sigma)
+
+
+def test_what_inference_mode_has_laid_out_serves_gradients_too() -> None:
+    view, image = Views(3, seed=11), images()
+    with torch.inference_mode():
+        expected = average_over_views(brightness, image, NO_TARGET, view).clone()
+    free = image.clone().requires_grad_()
+    average = average_over_views(brightness, free, NO_TARGET, view)
+    assert_close(average, expected)
+    (gradient,) = torch.autograd.grad(average.sum(), free)
+    assert gradient.abs().sum() > 0

@@ -127,6 +127,8 @@ def image_similarity(
 
     Source: Wang et al. 2004; arXiv:2012.07332, Table V.
     """
+    kind = torch.promote_types(first.dtype, torch.float32)  # 16 bit would round every step
+    first, second = first.to(kind), second.to(kind)
     result = structural_similarity_index_measure(
         first, second, sigma=1.5, reduction="none", data_range=1.0, return_full_image=True
     )

@@ -51,11 +51,11 @@ def closed_form(activation: Tensor, weight: Tensor, size: tuple[int, int]) -> Te
     return interpolate(cam, size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def same_up_to_its_peak(found: Tensor, oracle: Tensor) -> None:
-    """Agreement to 1e-5 of each map's peak: untrained networks give peaks of 1e-11."""
+def same_up_to_its_peak(found: Tensor, oracle: Tensor, atol: float = 1e-5) -> None:
+    """Agreement to a part of each map's peak: untrained networks give peaks of 1e-11."""
     peak = oracle.amax((1, 2), keepdim=True)
     assert (peak > 0).any()
-    assert_close(found / peak.clamp(min=1e-30), oracle / peak.clamp(min=1e-30), atol=1e-5, rtol=0)
+    assert_close(found / peak.clamp(min=1e-30), oracle / peak.clamp(min=1e-30), atol=atol, rtol=0)
 
 
 def last_weight(network: Network, name: str) -> Tensor:
@@ -280,11 +280,12 @@ def by_hand(method: type[GradCAM], activation: Tensor, slope: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", [GradCAMPlusPlus, HiResCAM, XGradCAM, LayerCAM])
 @pytest.mark.parametrize("layer", ["layer2", "layer4"])
 def test_other_weights_by_hand(method: type[GradCAM], layer: str) -> None:
-    network, image, target = frozen("resnet18", 3), images(3), torch.tensor([2, 0, 1])
+    network, image = frozen("resnet18", 3).double(), images(3).double()
+    target = torch.tensor([2, 0, 1])
     activation, slope = activation_and_slope(network, layer, image, target)
     maps = [by_hand(method, a, g) for a, g in zip(activation, slope, strict=True)]
     oracle = interpolate(torch.stack(maps)[:, None], (64, 64), mode="bilinear")[:, 0]
-    same_up_to_its_peak(method(network, layer).explain(image, target), oracle)
+    same_up_to_its_peak(method(network, layer).explain(image, target), oracle, atol=1e-7)
 
 
 def test_torchcams_own_plus_plus_leaves_alpha_out() -> None:  # why its weights are ours

@@ -105,7 +105,7 @@ def test_scores_in_the_form_that_is_shown() -> None:
 @pytest.fixture
 def opened(browser: Page, tmp_path: Path) -> Page:
     page = tmp_path / "report.html"
-    gallery = gallery_of(CASES[:2])
+    gallery = gallery_of(CASES, 2)
     page.write_text(html_page("Maps", {}, {}, gallery, None, explorer(CASES)))
     browser.goto(page.as_uri())
     browser.wait_for_function("document.querySelector('#x-facts').textContent")

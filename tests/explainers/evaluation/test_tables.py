@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from explainers.evaluation.classification import (
     classifier_rows,
     decision_scores,
 )
+from explainers.evaluation.results import Results
 from explainers.evaluation.statistics import Row
 from explainers.evaluation.tables import (
     best_row,
@@ -206,3 +209,12 @@ def test_without_controls_there_is_no_best_one() -> None:
 def test_markdown_by_hand() -> None:
     table = pd.DataFrame({"a": ["x"], "b": ["1"]})
     assert markdown(table) == "| a | b |\n| --- | --- |\n| x | 1 |\n"
+
+
+def test_results_come_back_as_written(tmp_path: Path) -> None:
+    table, spent = images(), costs().assign(seconds=0.1 + 0.2)
+    for name, part in (("scores", scores(table)), ("images", table), ("costs", spent)):
+        part.to_csv(tmp_path / f"{name}.csv", index=False)
+    read = Results.read(tmp_path)
+    for found, expected in ((read.images, table), (read.costs, spent)):
+        pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_exact=True)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from classifiers.network import Network
 from explainers.inference import Answer, Bundle
-from explainers.learned import Adversarial, Duo, Geometry, Single
+from explainers.learned import Adversarial, Distilled, Duo, Geometry, LearnedExplainer, Single
 from explainers.views import Views
 
 SMALL = Geometry(widths=(4, 6))
 
 
-@pytest.mark.parametrize("build", [Single, Duo, Adversarial])
+def student(network: Network, geometry: Geometry) -> Distilled:
+    explainer = Distilled(Single(network, geometry=geometry), widths=(4, 6), reduction=2)
+    explainer.scale.fill_(0.5)
+    return explainer
+
+
+@pytest.mark.parametrize("build", [Single, Duo, Adversarial, student])
 @pytest.mark.parametrize("views", [None, Views(0), Views(5, rotation=40.0, seed=3)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_its_answer_is_that_of_explain(
-    build: type[Single], views: Views | None, smoothing: float
+    build: Callable[..., LearnedExplainer], views: Views | None, smoothing: float
 ) -> None:
     torch.manual_seed(0)
     network = Network("test_resnet", threshold=0.4).eval()

@@ -344,6 +344,15 @@ def test_naive_map_compares_with_the_image_itself() -> None:
 
 
 @pytest.mark.parametrize("build", CLASSES)
+def test_a_map_costs_no_pass_of_the_classifier(build: type[Single]) -> None:
+    explainer, calls = build(network(), geometry=SMALL), list[int]()
+    explainer.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    maps = explainer.explain(images(), views=Views(2))
+    assert not calls
+    assert_close(maps, explainer.explain(images(), explainer.network.decide(images()), Views(2)))
+
+
+@pytest.mark.parametrize("build", CLASSES)
 def test_another_target_than_the_decision_is_refused(build: type[Single]) -> None:
     explainer = build(network(), geometry=SMALL)
     decision = explainer.network.decide(images())

@@ -135,3 +135,12 @@ def test_metric_leaves_identical_pairs_out_of_psnr() -> None:
     assert scores["psnr"].item() == pytest.approx(20, abs=1e-3)
     assert scores["identical"] == 1
     assert scores["ssim"].item() == pytest.approx(image_similarity(image, other)[0].mean().item())
+
+
+def test_sixteen_bit_images_are_compared_in_32_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.rand(2, 1, 32, 32, generator=generator).bfloat16()
+    second = (first.float() * 0.9).bfloat16()
+    expected = image_similarity(first.float(), second.float())
+    for found, value in zip(image_similarity(first, second), expected, strict=True):
+        assert_close(found, value, rtol=0, atol=0)

@@ -48,6 +48,8 @@ for metric in metrics:
     scores |= {name: value.item() for name, value in found.items()}
 if rank == 0:
     print(json.dumps(scores))
+if world > 1:
+    dist.destroy_process_group()  # else its threads may end the process at its exit
 """
 
 

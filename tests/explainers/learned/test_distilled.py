@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from classifiers.network import Network
+from classifiers.optimisation import Optimisation
+from explainers.learned import Distilled, Duo, Geometry, MaskGenerator, Single, load_explainer
+from explainers.views import Views
+
+SMALL = Geometry(widths=(4, 6))
+VIEWS = Views(3, vertical_flip=0.0)
+
+
+def images(count: int = 4, size: int = 32, seed: int = 0) -> Tensor:
+    return torch.rand(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def teacher(build: type[Single] | type[Duo] = Single) -> Single | Duo:
+    torch.manual_seed(0)
+    return build(Network("test_resnet"), geometry=SMALL).eval()
+
+
+def distilled(**options: Any) -> Distilled:
+    settings: dict[str, Any] = {"views": VIEWS, "widths": (4, 6), "reduction": 2} | options
+    return Distilled(teacher(), **settings)
+
+
+def batches(count: int = 3) -> DataLoader[dict[str, Any]]:
+    parts: Any = [
+        {"image": images(4, seed=k), "id": [f"{k}{i}" for i in range(4)]} for k in range(count)
+    ]
+    return DataLoader(parts, batch_size=None)
+
+
+def trained(explainer: Distilled, folder: Path, epochs: int = 1) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(explainer, batches(), batches(1))
+    return trainer
+
+
+@pytest.mark.parametrize("size", [32, 35])
+def test_a_map_is_the_students_alone(size: int) -> None:
+    explainer, calls = distilled().eval(), list[str]()
+    explainer.scale.fill_(2.0)
+    expected = explainer.saliency(images(2, size), torch.zeros(2).long())
+    explainer.network.register_forward_pre_hook(lambda *_: calls.append("classifier"))
+    explainer.teacher.register_forward_pre_hook(lambda *_: calls.append("teacher"))
+    maps = explainer.explain(images(2, size))
+    assert maps.shape == (2, size, size)
+    assert (maps > 0).all()
+    assert_close(maps, expected)
+    assert not calls
+
+
+def test_the_teacher_is_asked_once_for_each_name() -> None:
+    explainer = distilled(smoothing=0.1)
+    found = explainer.targets(images(), ["a", "b", "c", "d"])
+    maps = explainer.teacher.explain(images(), views=VIEWS, smoothing=0.1)
+    assert_close(found, avg_pool2d(maps[:, None], 2))
+    others = explainer.targets(images(seed=1), ["d", "new", "a", "b"])  # other pixels, known names
+    assert_close(others[[0, 2, 3]], found[[3, 0, 1]])
+    assert not torch.equal(others[1], found[1])
+
+
+def test_image_and_map_are_turned_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that shows the image itself and a student that does so, too, never differ."""
+    explainer, losses = distilled(views=Views(1, rotation=40.0)), list[float]()
+    place = torch.arange(32) - torch.tensor([8, 12, 16, 20])[:, None]
+    bells = (-((place[:, :, None] - 3) ** 2 + place[:, None] ** 2) / 50).exp()[:, None]
+
+    def taught(image: Tensor, *_: object) -> Tensor:
+        return image[:, 0]
+
+    monkeypatch.setattr(explainer.teacher, "explain", taught)
+    monkeypatch.setattr(explainer, "student", lambda image: avg_pool2d(image, 2) / explainer.scale)
+    explainer.scale.fill_(float(bells.mean()))
+    monkeypatch.setattr(explainer, "log", lambda _, loss: losses.append(float(loss)))
+    batch = {"unturned": bells, "id": list("abcd")}
+    for _ in range(5):
+        explainer.training_step(batch, 0)
+    assert max(losses) < 0.05
+    assert (bells / bells.mean() - 1).abs().mean() > 1
+    assert len(set(losses)) == 5  # another draw at each step
+
+
+def test_training_comes_near_the_teacher_and_changes_the_student_alone(tmp_path: Path) -> None:
+    explainer = distilled(optimisation=Optimisation(1e-2, "constant"))
+    before = {name: value.clone() for name, value in explainer.state_dict().items()}
+    losses = [
+        float(trained(explainer, tmp_path, epochs).callback_metrics["val/loss"])
+        for epochs in (1, 10)
+    ]
+    assert losses[1] < 0.7 * losses[0]
+    after = explainer.state_dict()
+    moved = {
+        name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])
+    }
+    assert moved == {"unet", "head", "scale"}
+    assert not explainer.teacher.training
+
+
+def test_the_images_before_augmentation_count() -> None:
+    batch = {"image": images(), "id": list("abcd")}
+    kept = distilled().on_before_batch_transfer(batch, 0)
+    augmented = {**kept, "image": kept["image"].flip(3)}
+    assert torch.equal(augmented["unturned"], images())
+
+
+@pytest.mark.parametrize("build", [Single, Duo])
+def test_a_checkpoint_is_complete_by_itself(build: type[Single], tmp_path: Path) -> None:
+    explainer = Distilled(teacher(build), VIEWS, 0.1, (4, 6), 2)
+    trained(explainer, tmp_path).save_checkpoint(tmp_path / "student.ckpt")
+    loaded = load_explainer(tmp_path / "student.ckpt")
+    assert isinstance(loaded, Distilled)
+    assert_close(loaded.explain(images()), explainer.explain(images()))
+    assert_close(loaded(images()), explainer.teacher(images()))
+    assert loaded.arguments() == explainer.arguments()
+    again = Distilled(str(save(teacher(build), tmp_path / "teacher.ckpt")), VIEWS, 0.1, (4, 6), 2)
+    assert again.arguments() == explainer.arguments()
+
+
+def save(explainer: Single | Duo, path: Path) -> Path:
+    content: dict[str, Any] = {"state_dict": explainer.state_dict()}
+    explainer.on_save_checkpoint(content)
+    torch.save(content, path)
+    return path
+
+
+def test_a_teacher_draws_images() -> None:
+    other = MaskGenerator(Network("test_resnet"), geometry=SMALL)
+    with pytest.raises(ValueError, match="a teacher draws a similar and an adversarial image"):
+        Distilled(other)
