@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo folds test check clean
+.PHONY: setup demo folds test check lowest bench soak sbom audit clean
 
 setup: .venv/.installed ## Create .venv and install the project with everything the tests need
 
@@ -43,5 +43,26 @@ check: ## Style, types and tests
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile # one thread per worker: two cores are enough
 
+lowest: ## Tests with the lowest versions that pyproject.toml allows, in a new .venv-lowest (Python 3.11)
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable '.[test]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
+
+bench: setup ## Ratios of speed, written to runs/bench.json; fails where one is far below its target
+	$(BIN)/python -m benchmarks.bench
+
+soak: setup ## Faults of docs/reliability.md, tried many times; their table is runs/soak.csv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist load -m faults --soak runs/soak.csv
+
+sbom: setup ## Software Bill of Materials of .venv (CycloneDX), runs/sbom.json
+	$(BIN)/python -m pip install --quiet --editable '.[audit]'
+	mkdir -p runs
+	$(BIN)/cyclonedx-py environment $(BIN)/python --output-file runs/sbom.json
+
+audit: setup ## Known vulnerabilities of what is installed; asks a service
+	$(BIN)/python -m pip install --quiet --editable '.[audit]'
+	$(BIN)/pip-audit --skip-editable
+
 clean: ## Remove what the commands above made, data aside
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-lowest runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,13 +1,13 @@
 """Seconds per image of batched methods against what a user would pick instead, in one run.
 
-python benchmarks/methods.py   # after: pip install -e '.[benchmark]'
+python -m benchmarks.methods   # after: pip install -e '.[benchmark]'
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from statistics import median
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import captum.attr
@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from benchmarks.stopwatch import seconds
 from classifiers.memory import keep_freed_memory
 from classifiers.network import Network
 from explainers import attribution
@@ -95,18 +96,6 @@ def one_by_one(method: Any) -> Run:
     return lambda image: [method.explain(one[None]) for one in image]
 
 
-def seconds(run: Run, image: Tensor, repeats: int) -> float:
-    """Median seconds per image, after one run that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run(image)
-        if image.is_cuda:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / len(image))
-    return median(times[1:])
-
-
 def main(
     device: str = "cpu",
     size: int = 224,
@@ -116,6 +105,8 @@ def main(
     only: list[str] | None = None,
 ) -> None:
     """Print one line a method: seconds per image, and the ratio.
+
+    What is picked instead gets the classifier in torch's default layout, as a user has it.
 
     Args:
         device: Of both.
@@ -129,37 +120,45 @@ def main(
     keep_freed_memory()
     torch.manual_seed(0)
     network = Network("resnet18").eval().requires_grad_(False).to(device)
+    usual = deepcopy(network).to(memory_format=torch.contiguous_format)
     image = torch.rand(batch, 3, size, size).to(device)
-    rise, bbmp = attribution.RISE(network, 200), attribution.BBMP(network, 20)
     pairs: dict[str, tuple[Any, Callable[[], Run], str]] = {
         "Ablation-CAM": (
             attribution.AblationCAM(network),
-            lambda: gradcam_package("AblationCAM", network),
+            lambda: gradcam_package("AblationCAM", usual),
             "grad-cam",
         ),
         "Score-CAM": (
             attribution.ScoreCAM(network),
-            lambda: gradcam_package("ScoreCAM", network),
+            lambda: gradcam_package("ScoreCAM", usual),
             "grad-cam",
         ),
         "SmoothGrad": (
             attribution.SmoothGrad(network),
-            lambda: captum_smoothgrad(network),
+            lambda: captum_smoothgrad(usual),
             "captum",
         ),
         "Integrated Gradients": (
             attribution.IntegratedGradients(network),
-            lambda: captum_integrated(network),
+            lambda: captum_integrated(usual),
             "captum",
         ),
-        "XRAI": (attribution.XRAI(network), lambda: saliency_xrai(network), "saliency"),
-        "RISE, 200 masks": (rise, lambda: rise_loop(network, 200), "a loop over masks"),
-        "BBMP, 20 steps": (bbmp, lambda: one_by_one(bbmp), "a loop over images"),
+        "XRAI": (attribution.XRAI(network), lambda: saliency_xrai(usual), "saliency"),
+        "RISE, 200 masks": (
+            attribution.RISE(network, 200),
+            lambda: rise_loop(usual, 200),
+            "a loop over masks",
+        ),
+        "BBMP, 20 steps": (
+            attribution.BBMP(network, 20),
+            lambda: one_by_one(attribution.BBMP(usual, 20)),
+            "a loop over images",
+        ),
     }
     for name, (ours, other, what) in pairs.items():
         if not only or name in only:
-            own = seconds(ours.explain, image, repeats)
-            theirs = seconds(other(), image, repeats)
+            own = seconds(partial(ours.explain, image), repeats) / batch
+            theirs = seconds(partial(other(), image), repeats) / batch
             print(f"{name}: {own:.3f} s an image, {what} {theirs:.3f}, ratio {theirs / own:.1f}")
 
 

@@ -1,10 +1,8 @@
-"""Times the localisation scores against plain numpy loops: python benchmarks/scoring.py."""
+"""Times the localisation scores against plain numpy loops: python -m benchmarks.scoring."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,7 +10,10 @@ import torch
 from jsonargparse import auto_cli
 from numpy.typing import NDArray
 
+from benchmarks.stopwatch import seconds
 from explainers.evaluation.metrics.localisation import localisation_scores
+
+Loop = Callable[[NDArray[np.float32], NDArray[np.bool_]], list[tuple[float, float]]]
 
 
 def loop(saliency: NDArray[np.float32], mask: NDArray[np.bool_]) -> list[tuple[float, float]]:
@@ -42,18 +43,6 @@ def _areas(
     return -np.trapezoid(precision, recall), -np.trapezoid(precision[80:], recall[80:])
 
 
-def milliseconds(run: Callable[[], object], repeats: int, device: str) -> float:
-    """Median time of a call, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
-
-
 def main(
     device: str = "cpu", size: int = 224, maps: int = 64, repeats: int = 5, threads: int = 2
 ) -> None:
@@ -67,17 +56,26 @@ def main(
         threads: Of torch on the CPU.
     """
     torch.set_num_threads(threads)
+    ours, loops = measured(device, size, maps, repeats)
+    print(f"localisation_scores on {device}: {ours:.2f} ms per map of {size} x {size}")
+    for name, slow in loops.items():
+        print(f"{name}: {slow:.2f} ms per map, {slow / ours:.1f} times ours")
+
+
+def measured(
+    device: str, size: int, maps: int, repeats: int, loops: Sequence[Loop] = (loop, better_loop)
+) -> tuple[float, dict[str, float]]:
+    """Milliseconds per map: ours, and each loop's by its name."""
     generator = torch.Generator().manual_seed(0)
     saliency = torch.rand(maps, size, size, generator=generator)
     mask = torch.zeros(maps, size, size, dtype=torch.bool)
     mask[:, : size // 3, : size // 4] = True
     plain, inside = saliency.numpy(), mask.numpy()
     there, masks = saliency.to(device), mask.to(device)
-    ours = milliseconds(lambda: localisation_scores(there, masks), repeats, device) / maps
-    print(f"localisation_scores on {device}: {ours:.2f} ms per map of {size} x {size}")
-    for run in (loop, better_loop):
-        slow = milliseconds(partial(run, plain, inside), repeats, "cpu") / maps
-        print(f"{run.__name__}: {slow:.2f} ms per map, {slow / ours:.1f} times ours")
+    ours = seconds(partial(localisation_scores, there, masks), repeats) * 1000 / maps
+    return ours, {
+        run.__name__: seconds(partial(run, plain, inside), repeats) * 1000 / maps for run in loops
+    }
 
 
 if __name__ == "__main__":
