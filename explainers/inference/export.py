@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,9 +73,11 @@ def exported(bundle: Bundle, image: Tensor) -> torch.export.ExportedProgram:
     """The bundle's graph."""
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
-        return torch.export.export(
+        program = torch.export.export(
             bundle.eval(), (example(image),), dynamic_shapes={"image": {0: batch}}, strict=False
         )
+    gc.collect()  # tracing leaves a subclass of each module's class under the same name
+    return program
 
 
 def example(image: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 from classifiers.network import Network
 from explainers.inference import Answer, Bundle
+from explainers.inference.export import exported
 from explainers.learned import Adversarial, Distilled, Duo, Geometry, LearnedExplainer, Single
 from explainers.views import Views
 
@@ -40,3 +42,13 @@ def test_its_answer_is_that_of_explain(
     assert_close(answer.similar, similar)
     assert_close(answer.adversarial, adversarial)
     assert_close(answer.probability[:, 1], network(image).sigmoid()[:, 0])
+
+
+def test_an_export_leaves_no_second_class_of_the_name() -> None:
+    explainer = Single(Network("test_resnet"), geometry=SMALL).eval()
+    gc.disable()
+    try:
+        exported(Bundle(explainer.network, explainer, (16, 16)), torch.rand(1, 1, 16, 16))
+        assert Single.__subclasses__() == []  # --model Single would be ambiguous
+    finally:
+        gc.enable()
