@@ -28,7 +28,7 @@ folds: setup ## Cross-validation of configs/$(DATA): classifier, explainer and t
 		$(BIN)/python train.py fit -c configs/$(DATA)/classifier.yaml $(FOLD_OPTIONS) --out $$out/classifier; \
 		$(BIN)/python train.py fit -c configs/$(DATA)/single1_w_tv.yaml $(FOLD_OPTIONS) \
 			--model.network $$out/classifier/last.ckpt --out $$out/single1_w_tv; \
-		$(BIN)/python evaluate.py compare --config configs/$(DATA)/compare.yaml $(FOLD_OPTIONS) \
+		$(BIN)/python evaluate.py compare --config configs/$(DATA)/compare.yaml $(FOLD_OPTIONS) $(COMPARE_OPTIONS) \
 			--classifier $$out/classifier/last.ckpt --out $$out/compare \
 			--explainers "{\"Single_1 (W, TV)\": \"$$out/single1_w_tv/last.ckpt\"}"; \
 		parts="$$parts, $$out/compare"; \
