@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
 from classifiers.network import read_checkpoint
+from classifiers.whole import write_whole
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -30,35 +30,18 @@ class WholeFiles(TorchCheckpointIO):
         """Write a checkpoint; the one before it stays until the new one is complete."""
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        write_whole(Path(path), content.getbuffer())
+        try:
+            write_whole(Path(path), content.getbuffer())
+        except OSError as error:
+            raise OSError(
+                f"{error} Make room or name another folder with --out, then go on with --ckpt_path."
+            ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Content of an undamaged checkpoint on the CPU; nothing in it is executed."""
         return dict(read_checkpoint(path))
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Replace a file at once: its new content is on the disk before it takes the name.
-
-    Raises:
-        OSError: If it cannot be written; the old file is as it was, and nothing else is left.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(
-            f"{str(path)!r} cannot be written ({error.strerror}), what it held before is intact: "
-            "make room or name another folder with --out, then go on with --ckpt_path."
-        ) from error
 
 
 class Checkpoints(ModelCheckpoint):

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from classifiers.network import Network
+from classifiers.whole import whole
 
 
 def layers(network: Network, image: Float[Tensor, "b c h w"]) -> list[str]:
@@ -97,5 +98,5 @@ def redraw(module: nn.Module, generator: torch.Generator) -> None:
 def save_network(network: Network, path: Path) -> None:
     """Write a checkpoint that `load_network` and ``train.py`` take like a trained classifier's."""
     state = {f"network.{name}": value for name, value in network.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"network": dict(network.recipe), "state_dict": state}, path)
+    with whole(path) as file:
+        torch.save({"network": dict(network.recipe), "state_dict": state}, file)

@@ -92,7 +92,6 @@ def dying(function: Callable[..., Any], count: int, half: bool = False) -> Calla
 
 def fit(arguments: list[str], steps: Path, moment: Moment, count: int) -> None:
     """``train.py fit`` in this process, which dies at the count-th step or write."""
-    import classifiers.checkpoints
     import train
 
     note = Steps(steps, count if moment == "step" else None)
@@ -105,7 +104,7 @@ def fit(arguments: list[str], steps: Path, moment: Moment, count: int) -> None:
 
     train.TrainCLI.instantiate_trainer = noting  # type: ignore[method-assign]
     if moment == "write":
-        classifiers.checkpoints.os.fsync = dying(os.fsync, count, half=True)  # type: ignore[attr-defined]
+        os.fsync = dying(os.fsync, count, half=True)
     if moment == "replace":
         Path.replace = dying(Path.replace, count)  # type: ignore[method-assign]
     train.main(["fit", *arguments])

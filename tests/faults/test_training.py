@@ -20,8 +20,8 @@ from conftest import PHANTOM, SINGLE
 from killed import TINY, Moment, fit_in_a_process
 from torch import Tensor
 
-from classifiers.checkpoints import write_whole
 from classifiers.network import read_checkpoint
+from classifiers.whole import write_whole
 from datamodules import Phantom
 from datamodules.base import Record, Sample
 
@@ -162,7 +162,7 @@ def test_full_disk_leaves_the_checkpoint_before(
 ) -> None:
     tiny(train, tmp_path)
     before = (tmp_path / "last.ckpt").read_bytes()
-    monkeypatch.setattr("classifiers.checkpoints.os.fsync", full)
+    monkeypatch.setattr("classifiers.whole.os.fsync", full)
     with pytest.raises(OSError, match=r"best\.ckpt' cannot be written \(No space left on device\)"):
         tiny(train, tmp_path, "--ckpt_path", "last", "--trainer.max_epochs", 3)
     monkeypatch.undo()

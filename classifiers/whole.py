@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its place when all of it is written: a kill or a full disk leaves the old.
+    """A file that takes its place when all of it is on the disk: a kill leaves the old one.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If it cannot be written; the old file is as it was, and nothing else is left.
     """
     part = path.with_name(f"{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         if not isinstance(error, OSError):
             raise
         reason = error.strerror or error
-        raise OSError(f"{path} cannot be written ({reason}); what was there is left.") from error
+        raise OSError(
+            f"{str(path)!r} cannot be written ({reason}); what was there is left."
+        ) from error
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     """Write a text or bytes by `whole`."""
     with whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
