@@ -38,7 +38,7 @@ from classifiers.network import check_classes
 from classifiers.randomise import groups, layers, owners, randomised, save_network
 from classifiers.whole import write_whole
 from datamodules import Relabelled
-from datamodules.base import ImageDataModule, collate
+from datamodules.base import ImageDataModule, Split, collate, unpack
 from datamodules.summary import content_of_module, sizes
 from explainers import attribution
 from explainers.base import Explainer
@@ -51,6 +51,7 @@ from explainers.evaluation import quality as judged
 from explainers.evaluation import repeatability as pairs
 from explainers.evaluation import sanity as checks
 from explainers.evaluation import thresholds as cuts
+from explainers.evaluation.counterfactual import score_counterfactuals
 from explainers.evaluation.explorer import Case, explorer, scores_of
 from explainers.evaluation.finished import Finished
 from explainers.evaluation.results import Results
@@ -138,9 +139,9 @@ def compare(
     finished = Finished(Path(out) / "finished", content, views, smoothing)
     scores, costs = score(entries, data, protocol, fabric.device, finished)
     for name, explainer in learned.items():
-        scores += scoring.score_generated(
-            name, explainer, network, data.loader(split), fabric.device
-        )
+        given = data.loader(split), fabric.device
+        scores += scoring.score_generated(name, explainer, network, *given)
+        scores += score_counterfactuals(name, explainer, real_image(data, split), *given)
     if fabric.is_global_zero:
         per_image = pd.DataFrame(scores)
         per_image.insert(1, "group", per_image["id"].map(groups))
@@ -157,6 +158,17 @@ def compare(
         if logging == "wandb":
             told = cases if ids == "own" else [nameless(case) for case in cases]
             log_to_wandb(Path(out), shown, sources.values(), told, write(told))
+
+
+def real_image(data: ImageDataModule, split: Split) -> Callable[[str], Tensor | None]:
+    """What gives an image of a split by its id, None where there is none."""
+    images = data.dataset(split)
+    places = {record.id: place for place, record in enumerate(images.records)}
+
+    def image(name: str) -> Tensor | None:
+        return unpack(images.item(places[name])[1].image) if name in places else None
+
+    return image
 
 
 def nameless(case: Case) -> Case:

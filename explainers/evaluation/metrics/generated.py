@@ -7,10 +7,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.utilities import dim_zero_cat
 
 
@@ -118,12 +115,19 @@ class Decisions(Metric):
 
 
 def image_similarity(
-    first: Float[Tensor, "b c h w"], second: Float[Tensor, "b c h w"]
+    first: Float[Tensor, "b c h w"],
+    second: Float[Tensor, "b c h w"],
+    region: Bool[Tensor, "b h w"] | None = None,
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """SSIM and PSNR (dB) of each pair of images in [0, 1]; PSNR is infinite if they are identical.
 
     SSIM: Gaussian window 11, sigma 1.5, averaged over channels and over the pixels whose window
     lies inside the image, as in scikit-image. Images are at least 11 pixels wide and high.
+
+    Args:
+        first: Images.
+        second: Images.
+        region: Pixels that count, everywhere by default; NaN where an image has none.
 
     Source: Wang et al. 2004; arXiv:2012.07332, Table V.
     """
@@ -133,9 +137,17 @@ def image_similarity(
         first, second, sigma=1.5, reduction="none", data_range=1.0, return_full_image=True
     )
     assert isinstance(result, tuple)  # its own mean counts the reflected border, of 5 pixels
-    ssim = result[1][..., 5:-5, 5:-5].mean((1, 2, 3))
-    psnr = peak_signal_noise_ratio(first, second, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return ssim, psnr
+    weight = torch.ones_like(first[:, :1]) if region is None else region[:, None].to(kind)
+    weight = weight.expand_as(first)
+    ssim = averaged(result[1][..., 5:-5, 5:-5], weight[..., 5:-5, 5:-5])
+    return ssim, -10 * averaged((first - second).square(), weight).log10()
+
+
+def averaged(
+    value: Float[Tensor, "b c h w"], weight: Float[Tensor, "b c h w"]
+) -> Float[Tensor, " b"]:
+    """Weighted mean of each image; NaN where all weights are 0."""
+    return (value * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))
 
 
 class ImageSimilarity(Metric):

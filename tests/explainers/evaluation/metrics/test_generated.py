@@ -117,6 +117,20 @@ def test_similarity_equals_scikit_image(seed: int, channels: int, noise: float) 
         assert psnr[k].item() == pytest.approx(expected, abs=1e-3)
 
 
+def test_similarity_of_a_region_is_scikit_images_map_averaged_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(2, 1, 1, 24, 31, generator=generator)
+    region = torch.rand(1, 24, 31, generator=generator) < 0.3
+    ssim, psnr = image_similarity(first, second, region)
+    pair, inside = (first[0, 0].numpy(), second[0, 0].numpy()), region[0].numpy()
+    how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    full = structural_similarity(*pair, **how, data_range=1, full=True)[1][5:-5, 5:-5]
+    assert ssim.item() == pytest.approx(full[inside[5:-5, 5:-5]].mean(), abs=1e-5)
+    expected = peak_signal_noise_ratio(pair[0][inside], pair[1][inside], data_range=1)
+    assert psnr.item() == pytest.approx(expected, abs=1e-3)
+    assert image_similarity(first, second, region & False)[0].isnan().all()
+
+
 def test_identical_images() -> None:
     image = torch.rand(1, 1, 16, 16)
     ssim, psnr = image_similarity(image, image)
