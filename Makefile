@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo folds test check lowest bench soak sbom audit clean
+.PHONY: setup demo folds table test check lowest bench soak sbom audit clean
 
 setup: .venv/.installed ## Create .venv and install the project with everything the tests need
 
@@ -33,6 +33,14 @@ folds: setup ## Cross-validation of configs/$(DATA): classifier, explainer and t
 			--explainers "{\"Single_1 (W, TV)\": \"$$out/single1_w_tv/last.ckpt\"}"; \
 		parts="$$parts, $$out/compare"; \
 	done; $(BIN)/python evaluate.py pool --folders "[$${parts#, }]" --out runs/$(DATA)/folds/pooled
+
+ROWS = $$(sed -n 's|.*runs/$(DATA)/\(.*\)/[a-z]*\.ckpt|\1|p' configs/$(DATA)/compare_all.yaml)
+
+table: setup ## Table of configs/$(DATA)/compare_all.yaml: trains each of its rows, or goes on with it, then compares
+	set -e; for row in $(ROWS); do \
+		if [ -f runs/$(DATA)/$$row/last.ckpt ]; then on="--ckpt_path last"; else on=; fi; \
+		$(BIN)/python train.py fit -c configs/$(DATA)/$$row.yaml $$on; \
+	done; $(BIN)/python evaluate.py compare --config configs/$(DATA)/compare_all.yaml
 
 test: setup ## Set up, then every check
 	$(MAKE) check
