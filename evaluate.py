@@ -10,7 +10,7 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 import torch
@@ -19,14 +19,7 @@ from jsonargparse import auto_cli
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import seed_everything
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    track,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import to_pil_image
@@ -63,6 +56,7 @@ from explainers.tracking import artifact_names, declare_inputs, log_files, wandb
 from explainers.views import Views
 
 Method = Callable[[Network], Explainer]
+T = TypeVar("T")
 GALLERY = 8  # rows of pictures on a page; the explorer shows the others
 
 
@@ -403,7 +397,7 @@ class Study:
         rows: scoring.Rows = []
         kept: dict[str, Method] = {k: partial(with_network, own) for k, own in self.learned.items()}
         subjects = self.methods | kept
-        for label, build in track(subjects.items(), "Explaining", total=len(subjects)):
+        for label, build in each(subjects, "Explaining"):
             with scoring.named(label):
                 rows += checks.score_states(
                     label, build, states(), self.batches, self.views, keeps_target=label not in kept
@@ -549,7 +543,7 @@ def repeatability(
             check_classes(network.class_names, subject.data.class_names)
             trainings[pairs.Training(name, k)] = network
     rows: scoring.Rows = []
-    for label, build in track(subject.methods.items(), "Explaining", total=len(subject.methods)):
+    for label, build in each(subject.methods, "Explaining"):
         with scoring.named(label):
             maps = subject.maps({key: build(network) for key, network in trainings.items()})
         rows += pairs.pair_scores(label, maps, subject.ids())
@@ -577,7 +571,7 @@ def quality(out: str = "runs/quality", smoothing: float = 0.0, **study: Any) -> 
     subject = Study(**study)
     rows: scoring.Rows = []
     pixels = []
-    for name, explainer in track(subject.explainers.items(), "Scoring"):
+    for name, explainer in each(subject.explainers, "Scoring"):
         maps = []
         for batch in subject.batches:
             image = batch["image"]
@@ -612,7 +606,7 @@ def thresholds(
     subject = Study(**study)
     batches = {"val": subject.annotated("val"), subject.split: subject.batches}
     rows: scoring.Rows = []
-    for name, explainer in track(subject.explainers.items(), "Explaining"):
+    for name, explainer in each(subject.explainers, "Explaining"):
         for split, parts in batches.items():
             with scoring.named(name):
                 maps = [
@@ -871,6 +865,14 @@ def progress_bar() -> Progress:
     """Bar with the current row, how many are done and the time left."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     return Progress(*columns, TimeRemainingColumn(), disable=getattr(rank_zero_only, "rank", 0) > 0)
+
+
+def each(methods: Mapping[str, T], task: str) -> Iterator[tuple[str, T]]:
+    """Names and methods under a bar, a line for each that is done."""
+    with progress_bar() as progress:
+        for number, (name, method) in enumerate(progress.track(methods.items(), description=task)):
+            yield name, method
+            progress.console.print(f"{task}: {name}, {number + 1} of {len(methods)} done")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -701,12 +701,16 @@ def feature_table(folder: Path) -> Path:
 
 
 def test_quality_is_every_metric_of_the_maps(
-    phantom_classifier: Path, phantom_single: Path, tmp_path: Path
+    phantom_classifier: Path,
+    phantom_single: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Some of the metrics worked out again from the maps, image by image."""
     arguments = sanity_arguments(phantom_classifier) | {"methods": {"Gradient": Gradient}}
     learned = {"Single": str(phantom_single)}
     evaluate.quality(str(tmp_path), **arguments, explainers=learned)
+    assert "Scoring: Gradient, 1 of 4 done" in capsys.readouterr().out  # in a log, without a bar
     scores = pd.read_csv(tmp_path / "quality_scores.csv")
     assert set(scores["method"]) == {"Gradient", "Edge map", "Random map", "Single"}
     assert scores["metric"].nunique() == 11 + 8 + 2 + 3
