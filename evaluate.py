@@ -29,7 +29,6 @@ from classifiers.fitting import fit_by_heart
 from classifiers.memory import keep_freed_memory
 from classifiers.network import check_classes
 from classifiers.randomise import groups, layers, owners, randomised, save_network
-from classifiers.whole import write_whole
 from datamodules import Relabelled
 from datamodules.base import ImageDataModule, Split, collate, unpack
 from datamodules.summary import content_of_module, sizes
@@ -54,6 +53,7 @@ from explainers.evaluation.thresholds import Sweep
 from explainers.learned import LearnedExplainer, load_explainer
 from explainers.tracking import artifact_names, declare_inputs, log_files, wandb_mode
 from explainers.views import Views
+from explainers.whole import write_whole
 
 Method = Callable[[Network], Explainer]
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
 from classifiers.network import read_checkpoint
-from classifiers.whole import write_whole
+from classifiers.whole import whole
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -31,7 +31,8 @@ class WholeFiles(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         try:
-            write_whole(Path(path), content.getbuffer())
+            with whole(Path(path)) as file:
+                file.write(content.getbuffer())
         except OSError as error:
             raise OSError(
                 f"{error} Make room or name another folder with --out, then go on with --ckpt_path."

@@ -33,9 +33,3 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         raise OSError(
             f"{str(path)!r} cannot be written ({reason}); what was there is left."
         ) from error
-
-
-def write_whole(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a text or bytes by `whole`."""
-    with whole(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)

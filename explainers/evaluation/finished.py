@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from classifiers.whole import write_whole
+from explainers.whole import write_whole
 
 PACKAGE = __name__.split(".")[0]
 SCORING = f"{PACKAGE}.evaluation.compare"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from classifiers.whole import write_whole
 from explainers.evaluation.figures import plots
 from explainers.evaluation.statistics import read_scores, scores_csv
 from explainers.evaluation.tables import (
@@ -17,6 +16,7 @@ from explainers.evaluation.tables import (
     markdown,
     wide_table,
 )
+from explainers.whole import write_whole
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 from subprocess import DEVNULL, CalledProcessError, check_output
 from typing import Any, Literal, NamedTuple
 
-from classifiers.whole import write_whole
+from explainers.whole import write_whole
 
 USE = (
     "Shows which parts of an image move this classifier's decision: to check a classifier, to find "

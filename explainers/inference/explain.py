@@ -29,9 +29,9 @@ from skimage.measure import regionprops
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from classifiers.whole import whole, write_whole
 from datamodules.images import check_deflated, read_image, resize_image
 from explainers.inference.bundle import Answer, Explanation
+from explainers.whole import whole, write_whole
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom"}
 TABLE = "results.csv"

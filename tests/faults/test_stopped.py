@@ -267,7 +267,7 @@ def test_an_explanation_goes_on_after_a_full_disk(tmp_path: Path, tell_fault: Te
     inputs, out = [str(tmp_path / "in")], tmp_path / "out"
     explain_files(MODEL, [str(tmp_path / "in" / "0.png")], out)
     before = contents(out)
-    with full_disk(1500), pytest.raises(OSError, match=r"\.npy' cannot be written"):
+    with full_disk(1500), pytest.raises(OSError, match=r"\.npy cannot be written"):
         explain_files(MODEL, inputs, out)
     survived = contents(out) == before
     tell_fault("disk full while a map is written", 1, int(survived))

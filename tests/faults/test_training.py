@@ -21,7 +21,7 @@ from killed import TINY, Moment, fit_in_a_process
 from torch import Tensor
 
 from classifiers.network import read_checkpoint
-from classifiers.whole import write_whole
+from classifiers.whole import whole
 from datamodules import Phantom
 from datamodules.base import Record, Sample
 
@@ -176,12 +176,13 @@ def test_full_disk_leaves_the_checkpoint_before(
 
 def test_limit_of_the_system_leaves_the_file_before(tmp_path: Path) -> None:
     path, limits = tmp_path / "a.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    write_whole(path, b"good")
+    with whole(path) as file:
+        file.write(b"good")
     action = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError, match="cannot be written"):
-            write_whole(path, bytes(5000))
+        with pytest.raises(OSError, match="cannot be written"), whole(path) as file:
+            file.write(bytes(5000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, action)
