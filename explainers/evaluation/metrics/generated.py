@@ -7,7 +7,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 from torchmetrics.utilities import dim_zero_cat
 
 
@@ -139,15 +142,11 @@ def image_similarity(
     assert isinstance(result, tuple)  # its own mean counts the reflected border, of 5 pixels
     weight = torch.ones_like(first[:, :1]) if region is None else region[:, None].to(kind)
     weight = weight.expand_as(first)
-    ssim = averaged(result[1][..., 5:-5, 5:-5], weight[..., 5:-5, 5:-5])
-    return ssim, -10 * averaged((first - second).square(), weight).log10()
-
-
-def averaged(
-    value: Float[Tensor, "b c h w"], weight: Float[Tensor, "b c h w"]
-) -> Float[Tensor, " b"]:
-    """Weighted mean of each image; NaN where all weights are 0."""
-    return (value * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))
+    inside = weight[..., 5:-5, 5:-5]
+    ssim = (result[1][..., 5:-5, 5:-5] * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3))
+    pair = first * weight, second * weight  # outside the region they agree, which only dilutes
+    psnr = peak_signal_noise_ratio(*pair, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    return ssim, psnr + 10 * weight.mean((1, 2, 3)).log10()
 
 
 class ImageSimilarity(Metric):
