@@ -135,7 +135,8 @@ def compare(
     for name, explainer in learned.items():
         given = data.loader(split), fabric.device
         scores += scoring.score_generated(name, explainer, network, *given)
-        scores += score_counterfactuals(name, explainer, real_image(data, split), *given)
+        if any("counterpart" in record.columns for record in data.splits[split]):
+            scores += score_counterfactuals(name, explainer, real_image(data, split), *given)
     if fabric.is_global_zero:
         per_image = pd.DataFrame(scores)
         per_image.insert(1, "group", per_image["id"].map(groups))
