@@ -96,10 +96,12 @@ print(json.dumps([budget, peak_memory(image.device) / 2**20, sizes]))
 """
 
 
+# 64 MB are kept back. An image takes 4, and 4 more are asked for where its maximum is found; other pages of the
+# process come and go by some 10, which has to be little beside the room that is left.
 @pytest.mark.parametrize(
-    "more", [110, pytest.param(200, marks=pytest.mark.slow)]
-)  # of which 64 are kept back; an image takes 4
-def test_the_peak_stays_under_the_budget(more: int) -> None:
+    ("more", "least"), [(64 + 240, 16), pytest.param(64 + 120, 8, marks=pytest.mark.slow)]
+)
+def test_the_peak_stays_under_the_budget(more: int, least: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", BUDGET, str(more)],
         cwd=Path(__file__).parents[2],
@@ -110,9 +112,8 @@ def test_the_peak_stays_under_the_budget(more: int) -> None:
     assert done.returncode == 0, done.stderr
     budget, peak, sizes = json.loads(done.stdout)
     assert sizes[0] == 64
-    assert 64 > sizes[-1] >= (4 if more == 110 else 16)
+    assert 64 > sizes[-1] >= least  # what is allowed is used
     assert peak <= budget
-    assert peak > budget - 64 - 4 * 2 * sizes[-1]  # what is allowed is used
 
 
 def test_a_budget_that_is_used_up_already_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
