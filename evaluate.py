@@ -43,7 +43,7 @@ from explainers.evaluation import quality as judged
 from explainers.evaluation import repeatability as pairs
 from explainers.evaluation import sanity as checks
 from explainers.evaluation import thresholds as cuts
-from explainers.evaluation.counterfactual import score_counterfactuals
+from explainers.evaluation.counterfactual import Real
 from explainers.evaluation.explorer import Case, explorer, scores_of
 from explainers.evaluation.finished import Finished
 from explainers.evaluation.results import Results
@@ -133,10 +133,8 @@ def compare(
     finished = Finished(Path(out) / "finished", content, views, smoothing)
     scores, costs = score(entries, data, protocol, fabric.device, finished)
     for name, explainer in learned.items():
-        given = data.loader(split), fabric.device
+        given = data.loader(split), fabric.device, real_image(data, split)
         scores += scoring.score_generated(name, explainer, network, *given)
-        if any("counterpart" in record.columns for record in data.splits[split]):
-            scores += score_counterfactuals(name, explainer, real_image(data, split), *given)
     if fabric.is_global_zero:
         per_image = pd.DataFrame(scores)
         per_image.insert(1, "group", per_image["id"].map(groups))
@@ -155,7 +153,7 @@ def compare(
             log_to_wandb(Path(out), shown, sources.values(), told, write(told))
 
 
-def real_image(data: ImageDataModule, split: Split) -> Callable[[str], Tensor | None]:
+def real_image(data: ImageDataModule, split: Split) -> Real:
     """What gives an image of a split by its id, None where there is none."""
     images = data.dataset(split)
     places = {record.id: place for place, record in enumerate(images.records)}

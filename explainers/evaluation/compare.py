@@ -19,6 +19,7 @@ from torch import distributed as dist
 from classifiers.network import Network, decide, probabilities
 from explainers.base import Explainer
 from explainers.batches import peak_memory
+from explainers.evaluation.counterfactual import Real, counterpart_scores
 from explainers.evaluation.metrics.generated import flipped, image_similarity, kept
 from explainers.evaluation.metrics.localisation import (
     average_precision,
@@ -266,13 +267,26 @@ def classified(
 
 
 def score_generated(
-    name: str, generate: Generator, network: Network, batches: Iterable[Batch], device: torch.device
+    name: str,
+    generate: Generator,
+    network: Network,
+    batches: Iterable[Batch],
+    device: torch.device,
+    real: Real,
 ) -> Rows:
     """Kept, flipped, p(class), SSIM and PSNR of every image of a similar-adversarial explainer.
 
     "kept" and "flipped" are 0 or 1 per image; with the decided class behind an underscore they
     cover the images of that class alone. "p_similar(class)" and "p_adversarial(class)" are what
-    the classifier says of the generated images. Infinite PSNR (identical images) is NaN.
+    the classifier says of the generated images. Infinite PSNR (identical images) is left out.
+
+    Args:
+        name: Of the row.
+        generate: Gives x_s and x_a, in [0, 1].
+        network: Whose decisions count.
+        batches: Of a split.
+        device: Where both are.
+        real: Image by its id, for `counterpart_scores`.
     """
     rows: Rows = []
     for batch in batches:
@@ -295,8 +309,10 @@ def score_generated(
             scores[f"p_adversarial({class_name})"] = of_adversarial[:, k]
         for pair, (ssim, psnr) in zip(PAIRS, similarity, strict=True):
             scores |= {f"ssim_{pair}": ssim, f"psnr_{pair}": psnr.where(psnr.isfinite(), torch.nan)}
+        drawn = {"x": image, "xs": similar, "xa": adversarial}
+        counterparts = counterpart_scores(batch, drawn, real)
         row = {"method": name, "views": "plain", "smoothing": "raw"}
-        rows += long_form(batch["id"], scores, row)
+        rows += long_form(batch["id"], scores, row) + long_form(*counterparts, row)
     return [row for row in gathered(rows) if row["value"] == row["value"]]
 
 
