@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 import classifiers.classifier  # noqa: F401  short class names in configs
 import datamodules  # noqa: F401
@@ -108,6 +111,8 @@ class TrainCLI(LightningCLI):
         config.checkpoint.dirpath = config.out
         fit = self.subcommand == "fit"
         config.trainer.default_root_dir = config.out if fit else f"{config.out}/{self.subcommand}"
+        if fit and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self.lock = lock(Path(config.out))
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """Build the trainer with the logger asked for, unless the config brings its own."""
@@ -139,6 +144,28 @@ class TrainCLI(LightningCLI):
         for logger in self.trainer.loggers if isinstance(source, str) else ():
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
                 declare_inputs(logger.experiment, artifact_names([source]))
+
+
+def lock(folder: Path) -> IO[str] | None:
+    """A file in a run's folder that no other process can lock until this one closes it or ends.
+
+    Gives None where the folder cannot be written, which whoever writes there tells.
+
+    Raises:
+        ValueError: If another training holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(
+            f"another training writes to {str(folder)!r}; wait for its end or give another --out."
+        ) from error
+    return file
 
 
 def build_loggers(kind: str, folder: str, resumed: bool = False) -> list[Logger]:

@@ -6,7 +6,10 @@ import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,12 +113,42 @@ def fit(arguments: list[str], steps: Path, moment: Moment, count: int) -> None:
     train.main(["fit", *arguments])
 
 
+def fork_server() -> ForkServerContext:
+    """What forks processes from one that has all imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "killed"])
+    return context
+
+
+def hold(folder: Path, end: Connection) -> None:
+    """Have a run's folder to oneself until the end of time."""
+    import train
+
+    held = train.lock(folder)
+    end.send(held is not None)
+    end.recv()
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Another process trains in a folder; it is killed at the end."""
+    context = fork_server()
+    here, there = context.Pipe()
+    process = context.Process(target=hold, args=(folder, there))
+    process.start()
+    assert here.recv()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
 def fit_in_a_process(
     arguments: list[object], steps: Path, moment: Moment = "never", count: int = 0, delay: float = 0
 ) -> int | None:
     """Exit code of `fit`: -9 where it was killed; "timer" kills ``delay`` s after its start."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "killed"])
+    context = fork_server()
     given = [str(argument) for argument in arguments]
     process = context.Process(target=fit, args=(given, steps, moment, count))
     process.start()

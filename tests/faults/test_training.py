@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PHANTOM, SINGLE
-from killed import TINY, Moment, fit_in_a_process
+from killed import TINY, Moment, fit_in_a_process, holding
 from torch import Tensor
 
 from classifiers.network import read_checkpoint
@@ -360,3 +360,14 @@ def test_memory_and_handles_of_2000_steps(
     assert slope < 1, (slope, most)
     assert flat, (handles, children)
     assert step[-1] == 2000
+
+
+def test_a_second_training_in_one_folder_is_refused(
+    train: Callable[..., None], tmp_path: Path, tell_fault: TellFault
+) -> None:
+    with holding(tmp_path), pytest.raises(ValueError, match="another training writes to") as told:
+        tiny(train, tmp_path)
+    assert not (tmp_path / "last.ckpt").exists()
+    tiny(train, tmp_path)  # the first was killed: the folder is free
+    tell_fault("two trainings in one folder", 1, int(str(tmp_path) in str(told.value)))
+    assert str(tmp_path) in str(told.value)
