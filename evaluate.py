@@ -132,9 +132,10 @@ def compare(
     content = [scoring.digest(data.loader("val")), scoring.digest(data.loader(split))]
     finished = Finished(Path(out) / "finished", content, views, smoothing)
     scores, costs = score(entries, data, protocol, fabric.device, finished)
+    real = real_image(data, split)
     for name, explainer in learned.items():
-        given = data.loader(split), fabric.device, real_image(data, split)
-        scores += scoring.score_generated(name, explainer, network, *given)
+        batches = data.loader(split)
+        scores += scoring.score_generated(name, explainer, network, batches, fabric.device, real)
     if fabric.is_global_zero:
         per_image = pd.DataFrame(scores)
         per_image.insert(1, "group", per_image["id"].map(groups))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,7 +113,7 @@ class TrainCLI(LightningCLI):
         fit = self.subcommand == "fit"
         config.trainer.default_root_dir = config.out if fit else f"{config.out}/{self.subcommand}"
         if fit and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            self.lock = lock(Path(config.out))
+            self.held = lock(Path(config.out))  # open until this process ends
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """Build the trainer with the logger asked for, unless the config brings its own."""
@@ -147,12 +148,14 @@ class TrainCLI(LightningCLI):
 
 
 def lock(folder: Path) -> IO[str] | None:
-    """A file in a run's folder that no other process can lock until this one closes it or ends.
+    """Keep other processes from training in a folder until this one ends.
 
-    Gives None where the folder cannot be written, which whoever writes there tells.
+    Returns:
+        The locked file: who closes it opens the folder to others. None where the folder cannot be
+        written, which whoever writes there tells, or, with a warning, where there are no locks.
 
     Raises:
-        ValueError: If another training holds it.
+        ValueError: If another process trains there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,11 +163,16 @@ def lock(folder: Path) -> IO[str] | None:
     except OSError:
         return None
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would outlive us in our workers
     except (BlockingIOError, PermissionError) as error:
         raise ValueError(
             f"another training writes to {str(folder)!r}; wait for its end or give another --out."
         ) from error
+    except OSError as error:
+        warnings.warn(
+            f"{folder} cannot be locked ({error}): train there once at a time.", stacklevel=2
+        )
+        return None
     return file
 
 

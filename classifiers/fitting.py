@@ -44,6 +44,7 @@ def fit_by_heart(
         mode="max",
         stopping_threshold=accuracy - 1e-6,  # Lightning stops above it, not at it
         patience=max_epochs,
+        verbose=True,  # what is reached stays in a log, where no bar is drawn
     )
     trainer = Trainer(
         max_epochs=max_epochs,

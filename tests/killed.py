@@ -136,8 +136,10 @@ def holding(folder: Path) -> Iterator[None]:
     here, there = context.Pipe()
     process = context.Process(target=hold, args=(folder, there))
     process.start()
-    assert here.recv()
+    there.close()
     try:
+        assert here.poll(60)
+        assert here.recv()
         yield
     finally:
         process.kill()

@@ -23,7 +23,9 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test", "check"])
+@pytest.mark.parametrize(
+    "target", ["setup", "demo", "test", "check", "bench", "soak", "folds", "table"]
+)
 def test_make_targets_exist(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -285,7 +285,7 @@ def score_generated(
         generate: Gives x_s and x_a, in [0, 1].
         network: Whose decisions count.
         batches: Of a split.
-        device: Where both are.
+        device: Of the generator and the network.
         real: Image by its id, for `counterpart_scores`.
     """
     rows: Rows = []
@@ -309,8 +309,8 @@ def score_generated(
             scores[f"p_adversarial({class_name})"] = of_adversarial[:, k]
         for pair, (ssim, psnr) in zip(PAIRS, similarity, strict=True):
             scores |= {f"ssim_{pair}": ssim, f"psnr_{pair}": psnr.where(psnr.isfinite(), torch.nan)}
-        drawn = {"x": image, "xs": similar, "xa": adversarial}
-        counterparts = counterpart_scores(batch, drawn, real)
+        images = {"x": image, "xs": similar, "xa": adversarial}
+        counterparts = counterpart_scores(batch, images, real)
         row = {"method": name, "views": "plain", "smoothing": "raw"}
         rows += long_form(batch["id"], scores, row) + long_form(*counterparts, row)
     return [row for row in gathered(rows) if row["value"] == row["value"]]

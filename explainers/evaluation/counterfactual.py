@@ -40,9 +40,9 @@ def counterpart_scores(
     chosen = list(pairs)
     target = torch.stack(list(pairs.values())).to(images["x"])
     mask = batch["mask"][chosen].to(target.device)
-    for kind, drawn in images.items():
+    for kind, generated in images.items():
         for part, region in {"inside": mask, "outside": ~mask}.items():
-            ssim, psnr = image_similarity(drawn[chosen], target, region)
+            ssim, psnr = image_similarity(generated[chosen], target, region)
             scores[f"ssim_{kind}_real_{part}"] = ssim
             scores[f"psnr_{kind}_real_{part}"] = psnr.where(psnr.isfinite(), torch.nan)
     return [batch["id"][k] for k in chosen], scores

@@ -92,8 +92,10 @@ def rebuilt(described: Mapping[str, Any], network: Network) -> LearnedExplainer:
     arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
     arguments["optimisation"] = Optimisation(**arguments["optimisation"])
     if build is Distilled:
-        teacher = rebuilt(arguments.pop("teacher"), network)
-        return Distilled(teacher, **arguments | {"views": Views(**arguments["views"])})
+        teacher, names = rebuilt(arguments.pop("teacher"), network), arguments.pop("witnesses", ())
+        student = Distilled(teacher, **arguments | {"views": Views(**arguments["views"])})
+        student.agreeing = list(names)
+        return student
     arguments["weights"] = WEIGHTS[build](**arguments["weights"])
     geometry = arguments["geometry"] | {"encoder_weights": None}  # they are in the file already
     arguments["geometry"] = Geometry(**geometry | {"widths": tuple(geometry["widths"])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,30 +11,48 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from classifiers.network import Network
 from classifiers.optimisation import Optimisation
+from explainers.base import Explainer
 from explainers.learned.base import Generated, LearnedExplainer, OnePass, summed
 from explainers.learned.generators import Geometry, head
 from explainers.learned.similar_adversarial import SimilarAdversarial
 from explainers.views import Views, warp
 
 TINY = 1e-8  # stands for the mean of maps that are 0 everywhere
+FLOOR = 1e-3  # of a map's mean: lower values count as this, or a zero would decide alone
+
+
+def agreement(maps: Sequence[Float[Tensor, "b h w"]]) -> Float[Tensor, "b h w"]:
+    """Geometric mean of several maps, each in units of its own mean; a single map as it is.
+
+    It is high where none of them is low. Negative values count as 0.
+    """
+    if len(maps) == 1:
+        return maps[0]
+    positive = [one.clamp(min=0) for one in maps]
+    shares = [one / one.mean((1, 2), keepdim=True).clamp(min=TINY) for one in positive]
+    return torch.stack(shares).clamp(min=FLOOR).log().mean(0).exp()
 
 
 class Distilled(OnePass):
-    """A student's map in one pass, trained on a teacher's maps averaged over views and smoothed.
+    """A student's map in one pass, trained on maps that were averaged over views and smoothed.
 
-    The teacher's map of a training image is computed once, when the image is first seen, and is
-    turned with it; so it is the image before augmentation that counts. The similar and the
-    adversarial image are the teacher's, for who asks to see them; a map does not need them.
+    They are a teacher's, or the `agreement` of a teacher's and those of other methods. The map of a
+    training image is computed once, when the image is first seen, and is turned with it; so it is
+    the image before augmentation that counts. The similar and the adversarial image are the
+    teacher's, for who asks to see them; a map does not need them.
 
     Args:
         teacher: A trained Single or Duo, or its checkpoint; stays as it is.
-        views: Of the teacher's maps (Eq. 11); their ranges are those of training, too.
-        smoothing: Of the teacher's maps, sigma as a share of the image side.
+        views: Of the maps that are learnt (Eq. 11); their ranges are those of training, too.
+        smoothing: Of the maps that are learnt, sigma as a share of the image side.
         widths: Of the student's plain U-Net.
         reduction: It works at 1/reduction of the image's resolution, see `Geometry`. A map of fewer
             than some 50 pixels a side is too coarse for small evidence.
         optimisation: Optimiser and schedule.
+        witnesses: Other methods that have to agree with the teacher, by name. They are not part of
+            a checkpoint, which holds their names: an explanation does not need them.
 
     Raises:
         ValueError: If the teacher draws no images, or as `Geometry` and `LearnedExplainer`.
@@ -50,6 +69,7 @@ class Distilled(OnePass):
         widths: tuple[int, ...] = (16, 32, 64),
         reduction: int = 4,
         optimisation: Optimisation | None = None,
+        witnesses: Mapping[str, Callable[[Network], Explainer]] | None = None,
     ) -> None:
         from explainers.learned import load_explainer  # which knows this class
 
@@ -63,10 +83,12 @@ class Distilled(OnePass):
         geometry = Geometry("plain", widths, channels, output="delta", reduction=reduction)
         super().__init__(drawn.network, geometry, optimisation)
         self.teacher = drawn.eval().requires_grad_(False)
+        self.witnesses = {k: build(drawn.network) for k, build in (witnesses or {}).items()}
+        self.agreeing = list(self.witnesses)
         self.views, self.smoothing = views or Views(vertical_flip=0.0), smoothing
         self.unet, features = geometry.build()
         self.head = head(features, 1, 1)
-        self.scale = nn.Buffer(torch.zeros(()))  # mean of the teacher's first maps
+        self.scale = nn.Buffer(torch.zeros(()))  # mean of the first maps that are learnt
         self.taught: dict[str, Tensor] = {}
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
@@ -91,8 +113,18 @@ class Distilled(OnePass):
         return large[:, 0, : image.shape[2], : image.shape[3]]
 
     def teach(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h2 w2"]:
-        """The teacher's averaged and smoothed maps at the student's resolution."""
-        maps = self.teacher.explain(image, None, self.views, self.smoothing)
+        """The maps that are learnt, averaged and smoothed, at the student's resolution.
+
+        Raises:
+            ValueError: If the student comes from a checkpoint and its witnesses are not given.
+        """
+        if self.agreeing != list(self.witnesses):
+            raise ValueError(
+                f"the student learnt where its teacher agrees with {self.agreeing}, which are not "
+                "in its file: train it by its preset, which names them."
+            )
+        ways = [self.teacher, *self.witnesses.values()]
+        maps = agreement([way.explain(image, None, self.views, self.smoothing) for way in ways])
         return F.avg_pool2d(maps[:, None], self.geometry.reduction, ceil_mode=True)
 
     def targets(
@@ -112,7 +144,7 @@ class Distilled(OnePass):
         return {**batch, "unturned": batch["image"]}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean absolute difference between student and teacher, both turned alike."""
+        """Mean absolute difference from the maps that are learnt, both turned alike."""
         image, maps = batch["unturned"], self.targets(batch["unturned"], batch["id"])
         if not self.scale:
             mean = self.trainer.strategy.reduce(maps.mean(), reduce_op="mean")
@@ -132,11 +164,11 @@ class Distilled(OnePass):
         return F.l1_loss(self.student(image), maps / scale)
 
     def objective(self, image: Float[Tensor, "b c h w"]) -> tuple[dict[str, Tensor], Generated]:
-        """Difference from the teacher's maps, and the teacher's images."""
+        """Difference from the maps that are learnt, and the teacher's images."""
         return self.compared(image, self.teach(image))
 
     def batch_objective(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Generated]:
-        """`objective` of a batch, the teacher's maps from memory."""
+        """`objective` of a batch, the maps that are learnt from memory."""
         return self.compared(batch["image"], self.targets(batch["image"], batch["id"]))
 
     def compared(
@@ -153,13 +185,28 @@ class Distilled(OnePass):
         self.teacher.eval()
         return self
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on where a checkpoint's student learnt from others.
+
+        Raises:
+            ValueError: If its witnesses are others.
+        """
+        super().on_load_checkpoint(checkpoint)
+        before = checkpoint["explainer"]["arguments"].get("witnesses", [])
+        if before != self.agreeing:
+            raise ValueError(
+                f"the checkpoint's student has the witnesses {before}, but {self.agreeing} are "
+                "given: name the same ones, or start anew in another --out."
+            )
+
     def arguments(self) -> dict[str, Any]:
-        """Plain constructor arguments that rebuild this explainer from its classifier."""
+        """Plain constructor arguments that rebuild this explainer; of witnesses their names."""
         return {
             "teacher": self.teacher.description(),
             "views": asdict(self.views),
             "smoothing": self.smoothing,
             "widths": list(self.geometry.widths),
             "reduction": self.geometry.reduction,
+            "witnesses": list(self.agreeing),
             "optimisation": asdict(self.optimisation),
         }

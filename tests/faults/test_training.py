@@ -24,6 +24,7 @@ from classifiers.network import read_checkpoint
 from classifiers.whole import whole
 from datamodules import Phantom
 from datamodules.base import Record, Sample
+from train import lock
 
 pytestmark = pytest.mark.faults
 
@@ -371,3 +372,12 @@ def test_a_second_training_in_one_folder_is_refused(
     tiny(train, tmp_path)  # the first was killed: the folder is free
     tell_fault("two trainings in one folder", 1, int(str(tmp_path) in str(told.value)))
     assert str(tmp_path) in str(told.value)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("train.fcntl.lockf", unable)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(\[Errno 37\] No locks available\)"):
+        assert lock(tmp_path) is None

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 
 from classifiers.network import Network
 from classifiers.optimisation import Optimisation
+from explainers.attribution import Gradient
 from explainers.learned import Distilled, Duo, Geometry, MaskGenerator, Single, load_explainer
+from explainers.learned.distilled import agreement
 from explainers.views import Views
 
 SMALL = Geometry(widths=(4, 6))
@@ -77,6 +79,37 @@ def test_the_teacher_is_asked_once_for_each_name() -> None:
     others = explainer.targets(images(seed=1), ["d", "new", "a", "b"])  # other pixels, known names
     assert_close(others[[0, 2, 3]], found[[3, 0, 1]])
     assert not torch.equal(others[1], found[1])
+
+
+def test_maps_agree_where_none_is_low() -> None:
+    one = torch.tensor([[[4.0, 1.0], [1.0, 2.0]]])  # of mean 2
+    other = torch.tensor([[[9.0, 1.0], [-7.0, 2.0]]])  # 3
+    assert agreement([one]) is one
+    expected = torch.tensor([[[2 * 3, 1 / 2 / 3], [1 / 2 * 0.001, 2 / 3]]]).sqrt()
+    assert_close(agreement([one, other]), expected)
+    assert_close(agreement([7 * one, other]), expected)
+    silent = agreement([one, torch.zeros(1, 2, 2)])  # it rules nothing out: the order stays
+    assert_close(silent.flatten().argsort(stable=True), one.flatten().argsort(stable=True))
+
+
+def test_the_agreement_with_witnesses_is_learnt(tmp_path: Path) -> None:
+    explainer = distilled(smoothing=0.1, witnesses={"Gradient": Gradient}).train()
+    with torch.inference_mode():  # as in validation
+        found = explainer.targets(images(), list("abcd"))
+    ways = explainer.teacher, Gradient(explainer.network)
+    maps = [way.explain(images(), views=VIEWS, smoothing=0.1) for way in ways]
+    assert_close(found, avg_pool2d(agreement(maps)[:, None], 2))
+    trained(explainer, tmp_path).save_checkpoint(tmp_path / "student.ckpt")
+    loaded = load_explainer(tmp_path / "student.ckpt")
+    assert isinstance(loaded, Distilled)
+    assert loaded.arguments() == explainer.arguments()
+    assert_close(loaded.explain(images()), explainer.eval().explain(images()))
+    with pytest.raises(ValueError, match=r"its teacher agrees with \['Gradient'\], which are not"):
+        loaded.objective(images())
+    with pytest.raises(ValueError, match=r"has the witnesses \['Gradient'\], but \[\] are given"):
+        Trainer(accelerator="cpu", logger=False, max_epochs=2).fit(
+            distilled(smoothing=0.1), batches(), ckpt_path=tmp_path / "student.ckpt"
+        )
 
 
 def test_image_and_map_are_turned_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
