@@ -22,15 +22,18 @@ DATA ?= busi
 FOLDS ?= 5
 FOLD_OPTIONS = --data.fold $$i --data.folds $(FOLDS)
 
-folds: setup ## Cross-validation of configs/$(DATA): classifier, explainer and table of each fold, pooled
+folds: setup ## Cross-validation of configs/$(DATA): classifier, explainers and table of each fold, pooled
 	set -e; parts=; for i in $$(seq 0 $$(($(FOLDS) - 1))); do \
 		out=runs/$(DATA)/folds/$$i; \
 		$(BIN)/python train.py fit -c configs/$(DATA)/classifier.yaml $(FOLD_OPTIONS) --out $$out/classifier; \
 		$(BIN)/python train.py fit -c configs/$(DATA)/single1_w_tv.yaml $(FOLD_OPTIONS) \
 			--model.network $$out/classifier/last.ckpt --out $$out/single1_w_tv; \
+		$(BIN)/python train.py fit -c configs/$(DATA)/distilled.yaml $(FOLD_OPTIONS) \
+			--model.teacher $$out/single1_w_tv/last.ckpt --out $$out/distilled; \
 		$(BIN)/python evaluate.py compare --config configs/$(DATA)/compare.yaml $(FOLD_OPTIONS) $(COMPARE_OPTIONS) \
 			--classifier $$out/classifier/last.ckpt --out $$out/compare \
-			--explainers "{\"Single_1 (W, TV)\": \"$$out/single1_w_tv/last.ckpt\"}"; \
+			--explainers "{\"Single_1 and Gradient, distilled\": \"$$out/distilled/last.ckpt\", \
+				\"Single_1 (W, TV)\": \"$$out/single1_w_tv/last.ckpt\"}"; \
 		parts="$$parts, $$out/compare"; \
 	done; $(BIN)/python evaluate.py pool --folders "[$${parts#, }]" --out runs/$(DATA)/folds/pooled
 
