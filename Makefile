@@ -12,9 +12,10 @@ setup: .venv/.installed ## Create .venv and install the project with everything 
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-demo: setup ## Phantom images, classifier, explainer, comparison, runs/demo/report.html
+demo: setup ## Phantom images, classifier, explainer, its student, comparison, runs/demo/report.html
 	$(BIN)/python train.py fit -c configs/demo/classifier.yaml
 	$(BIN)/python train.py fit -c configs/demo/single1.yaml
+	$(BIN)/python train.py fit -c configs/demo/distilled.yaml
 	$(BIN)/python evaluate.py compare --config configs/demo/compare.yaml
 	@echo "The report is runs/demo/report.html, its table runs/demo/table.csv."
 
