@@ -26,7 +26,10 @@ FLOOR = 1e-3  # of a map's mean: lower values count as this, or a zero would dec
 def agreement(maps: Sequence[Float[Tensor, "b h w"]]) -> Float[Tensor, "b h w"]:
     """Geometric mean of several maps, each in units of its own mean; a single map as it is.
 
-    It is high where none of them is low. Negative values count as 0.
+    exp(mean_i log(max(m_i / mean(m_i), 0.001))): high where none of them is low. Negative values
+    count as 0.
+
+    Source: this project's own; what else was tried stands in benchmarks/LOG.md, 2026-11-27.
     """
     if len(maps) == 1:
         return maps[0]
