@@ -774,18 +774,19 @@ def score(
     scores: scoring.Rows = []
     costs: scoring.Rows = []
     jobs = [(entry, variant) for entry in entries for variant in protocol.variants()]
+    loaders = data.loader("val"), data.loader(protocol.split)
     with progress_bar() as progress:
         task = progress.add_task("", total=len(jobs))
         for entry, variant in jobs:
             form = "views" if variant else "plain"
             progress.update(task, description=f"{entry.name}, {form}")
-            count = protocol.limit(entry.name, variant)
-            path = finished.path(entry.explainer, entry.name, entry.control, form, count)
+            counts = protocol.choosing(entry.name, variant), protocol.limit(entry.name, variant)
+            path = finished.path(entry.explainer, entry.name, entry.control, form, *counts)
             known = finished.read(path)
             if known is None:
                 validation, scored = (
                     scoring.annotated(loader, device, scoring.drawn(loader, count))
-                    for loader in (data.loader("val"), data.loader(protocol.split))
+                    for loader, count in zip(loaders, counts, strict=True)
                 )
                 known = scoring.score_entry(entry, validation, scored, variant, protocol.smoothing)
                 if path:

@@ -28,7 +28,7 @@ from classifiers.randomise import save_network
 from datamodules import ImageTable, Phantom, Relabelled
 from datamodules.base import Loading
 from datamodules.summary import connected_boxes
-from explainers import Views, load_explainer
+from explainers import Explainer, Views, load_explainer
 from explainers.attribution import GradCAM, Gradient, SmoothGrad
 from explainers.evaluation import compare as scoring
 from explainers.evaluation.explorer import Case
@@ -310,9 +310,17 @@ def test_the_source_counts_as_far_as_a_method_follows_from_it() -> None:
 
 
 def test_a_limit_scores_the_same_few_images_whatever_their_order(
-    phantom_classifier: Path, tmp_path: Path
+    phantom_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = {"Gradient": scoring.Limit(views=3)}
+    chosen_on, choose = {}, scoring.choose_smoothing
+
+    def counting(explainer: Explainer, batches: Any, views: Any, candidates: Any) -> float:
+        batches = list(batches)
+        chosen_on[type(explainer), bool(views)] = sum(len(batch["id"]) for batch in batches)
+        return choose(explainer, batches, views, candidates)
+
+    monkeypatch.setattr(scoring, "choose_smoothing", counting)
+    limits = {"Gradient": scoring.Limit(views=3, validation=4)}
     evaluate.compare(
         phantom(),
         str(phantom_classifier),
@@ -330,6 +338,8 @@ def test_a_limit_scores_the_same_few_images_whatever_their_order(
     everything = ids["SmoothGrad", "views"]
     assert ids["Gradient", "plain"] == everything
     assert len(everything) > 3
+    assert (chosen_on[Gradient, False], chosen_on[Gradient, True]) == (4, 3)
+    assert chosen_on[SmoothGrad, False] == chosen_on[SmoothGrad, True] > 4
     backwards = list(phantom().loader("test"))[::-1]
     assert ids["Gradient", "views"] == set(scoring.drawn(backwards, 3) or [])
     table = (tmp_path / "table.md").read_text().splitlines()

@@ -52,10 +52,13 @@ class Limit:
     Attributes:
         plain: Of the plain maps; all by default.
         views: Of the maps averaged over views; all by default.
+        validation: Most of the validation split, on which the smoothing is chosen; by default as
+            many as are scored.
     """
 
     plain: int | None = None
     views: int | None = None
+    validation: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Protocol:
         """Images that a method is scored on; None is all."""
         limit = self.limits.get(name, Limit())
         return limit.views if views else limit.plain
+
+    def choosing(self, name: str, views: Views | None) -> int | None:
+        """Validation images that a method's smoothing is chosen on; None is all."""
+        counts = self.limit(name, views), self.limits.get(name, Limit()).validation
+        return min((count for count in counts if count is not None), default=None)
 
 
 @dataclass
