@@ -97,9 +97,10 @@ def step_seconds(moments: list[float]) -> float:
     return median(after - before for before, after in pairwise(moments[3:]))
 
 
-def fit(preset: str, out: Path, size: int, batch: int, *more: str) -> train.TrainCLI:
-    """Run train.py in this process on as many training images as the steps need."""
+def fit(preset: str, out: Path, size: int, batch: int, steps: int, *more: str) -> train.TrainCLI:
+    """Run train.py in this process on as many training images as the steps of an epoch need."""
     own = [f"--data.loading.size={size}", f"--data.loading.batch_size={batch}", f"--out={out}"]
+    own += [f"--data.train={steps * batch}"]
     quiet = ["--logging=csv", "--trainer.limit_val_batches=1"]
     return train.main(["fit", "-c", preset, *own, *quiet, *more])
 
@@ -149,18 +150,18 @@ def measured(
     ours, plain = list[float](), list[float]()
     with TemporaryDirectory() as name:
         out = Path(name)
-        short = "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"
         named = f"--model.network.backbone={backbone}", "--model.network.weights=null"
-        fit(f"{folder}/classifier.yaml", out / "classifier", size, batch, *named, *short)
+        classifier = out / "classifier"
+        once = *named, "--trainer.max_epochs=1"
+        fit(f"{folder}/classifier.yaml", classifier, size, batch, 1, *once)
         options = [
-            f"--model.network={out}/classifier/last.ckpt",
-            f"--trainer.limit_train_batches={steps}",
-            "--trainer.max_epochs=2",  # the first reads the images
+            f"--model.network={classifier}/last.ckpt",
+            "--trainer.max_epochs=2",  # the first draws the images, which are kept in memory
             "--trainer.callbacks=benchmarks.training.StepTimes",
             f"--trainer.callbacks.path={out}/moments.json",
         ]
         for _ in range(rounds):
-            cli = fit(f"{folder}/{explainer}.yaml", out / "explainer", size, batch, *options)
+            cli = fit(f"{folder}/{explainer}.yaml", out / "explainer", size, batch, steps, *options)
             moments = json.loads((out / "moments.json").read_text())[-steps:]
             ours.append(step_seconds(moments))
             module = cli.model.to(cli.trainer.strategy.root_device)
