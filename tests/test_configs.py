@@ -134,6 +134,23 @@ def test_the_public_download_stands_in_for_the_table(
         assert expected[part].items() <= data["init_args"][part].items()
 
 
+def test_the_best_epoch_by_a_witness_needs_no_mask(
+    classifiers: dict[str, Path], tmp_path: Path
+) -> None:
+    presets = ["-c", str(CONFIGS / "demo" / "single1.yaml"), "-c", str(CONFIGS / "witness.yaml")]
+    few = ["--data.train=8", "--data.val=4", "--data.loading={batch_size: 4, size: 32}"]
+    out = [f"--model.network={classifiers['demo']}", f"--out={tmp_path}", "--logging=csv"]
+    rate = ["--trainer.max_epochs=4", "--model.optimisation.learning_rate=0.003"]
+    main(["fit", *presets, *few, *out, *rate, "--trainer.accelerator=cpu"])
+    table = pd.read_csv(tmp_path / "metrics.csv").set_index("epoch")
+    scores = table["val/witness/Gradient"].dropna()
+    assert len(scores) == 4
+    best = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert best["epoch"] == scores.idxmax()
+    (kept,) = (state for key, state in best["callbacks"].items() if key.startswith("Checkpoints"))
+    assert float(kept["best_model_score"]) == pytest.approx(scores.max(), abs=1e-6)
+
+
 def test_every_row_of_table_1_in_both_readings() -> None:
     """Table I by hand: the columns read as l_s l_a l_sa c_s c_a w t, and c_s, l_sa exchanged."""
     table = {

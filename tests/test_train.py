@@ -285,10 +285,22 @@ def sampled_command(sweep: dict[str, Any], rng: random.Random) -> list[str]:
     return filled
 
 
+@pytest.mark.parametrize(
+    ("name", "scoring", "metric"),
+    [
+        ("single", "WeakLocalisation", "val/views_smoothed/average_precision"),
+        ("unannotated", "WitnessAgreement", "val/witness/Gradient"),
+    ],
+)
 def test_sweep_runs_a_preset_in_a_folder_of_its_own(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    scoring: str,
+    metric: str,
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sweep = yaml.safe_load((ROOT / "configs" / "sweeps" / "single.yaml").read_text())
+    sweep = yaml.safe_load((ROOT / "configs" / "sweeps" / f"{name}.yaml").read_text())
     echo = tmp_path / "python"
     echo.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     echo.chmod(0o755)
@@ -299,14 +311,14 @@ def test_sweep_runs_a_preset_in_a_folder_of_its_own(
     monkeypatch.chdir(ROOT)
     config = printed_config(train, *arguments)
     assert config["out"] == "runs/sweeps/abc123"
-    for name, values in sweep["parameters"].items():
-        value = config["model"]["init_args"]["weights"][name.rpartition(".")[2]]
+    for weight, values in sweep["parameters"].items():
+        value = config["model"]["init_args"]["weights"][weight.rpartition(".")[2]]
         low, high = values.get("min", min(values.get("values", [0]))), values.get("max", 0.1)
         assert low <= value <= high
-        assert f"--{name}={value}" in arguments
+        assert f"--{weight}={value}" in arguments
     named = {c["class_path"].rpartition(".")[2] for c in config["trainer"]["callbacks"]}
-    assert "WeakLocalisation" in named  # which logs the metric of the sweep
-    assert sweep["metric"]["name"] == "val/views_smoothed/average_precision"
+    assert scoring in named  # which logs the metric of the sweep
+    assert sweep["metric"]["name"] == metric
 
 
 def test_scores_of_validation_are_finite(phantom_classifier: Path) -> None:
