@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class WitnessAgreement(StageCallback):
 
     def reset(self, module: LightningModule) -> None:
         """Start a mean for each witness."""
-        score = lambda maps, seen: witnessed(maps, seen, self.share)  # noqa: E731
+        score = partial(witnessed, share=self.share)
         self.means = {name: ImageMean(score).to(module.device) for name in self.witnesses}
 
     def add(self, module: LightningModule, outputs: Mapping[str, Tensor], batch: Batch) -> None:
