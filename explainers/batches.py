@@ -68,7 +68,8 @@ class Budget(TorchDispatchMode):
     """Lets memory run out where the next operation on a CPU would exceed the budget.
 
     A limit of the system's own makes libraries crash whose small allocations fail. An operation is
-    taken to need as much as its inputs, a convolution its output too.
+    taken to need as much as its inputs, a convolution twice its output too: oneDNN may keep it in a
+    layout of its own and convert it.
     """
 
     bytes: float | None = None
@@ -84,7 +85,7 @@ class Budget(TorchDispatchMode):
         assert self.bytes is not None
         needed = size_of(args)
         if func is torch.ops.aten.convolution.default:
-            needed += size_of(func(*tree_map_only(Tensor, on_meta, args), **(kwargs or {})))
+            needed += 2 * size_of(func(*tree_map_only(Tensor, on_meta, args), **(kwargs or {})))
         if resident() + needed > self.bytes:
             if hasattr(ctypes.CDLL(None), "malloc_trim"):
                 ctypes.CDLL(None).malloc_trim(0)  # memory that was freed counts until then
