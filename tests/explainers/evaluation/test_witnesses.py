@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from classifiers.network import Network
 from explainers.attribution import Gradient
-from explainers.evaluation.witnesses import WitnessAgreement, highest, witnessed
+from explainers.evaluation.witnesses import WitnessAgreement, highest
 from explainers.learned import Geometry, Single
 from explainers.views import Views
 
@@ -53,9 +53,9 @@ def scores(callback: WitnessAgreement, module: LightningModule, *seen: dict[str,
 def test_the_highest_values_by_hand() -> None:
     saliency = torch.arange(20.0).view(1, 4, 5)
     assert highest(saliency, 0.1).flatten().nonzero().flatten().tolist() == [18, 19]
-    maps = torch.tensor([[[4.0, 3.0], [2.0, 1.0]]])
-    witness = torch.tensor([[[1.0, 9.0], [0.0, 2.0]]])  # its highest is the second pixel of maps
-    assert_close(witnessed(maps, witness, 0.25), torch.tensor([0.5], dtype=torch.float64))
+    tied = torch.tensor([[[2.0, 3.0], [3.0, 1.0]], [[5.0, 5.0], [5.0, 5.0]]])
+    assert highest(tied, 0.25).tolist() == [[[False, True], [True, False]], [[False] * 2] * 2]
+    assert highest(tied, 0.01).sum() == 2
 
 
 def test_the_score_is_the_mean_average_precision_against_the_witness() -> None:
@@ -68,9 +68,7 @@ def test_the_score_is_the_mean_average_precision_against_the_witness() -> None:
         for way in (module, Gradient(module.network))
     )
     wanted = [
-        average_precision_score(
-            (theirs >= theirs.quantile(0.9)).numpy(), ours.numpy(), average="macro"
-        )
+        average_precision_score((theirs >= theirs.quantile(0.9)).numpy(), ours.numpy())
         for ours, theirs in zip(maps, shown, strict=True)
     ]
     assert list(found) == ["witness/Gradient"]
@@ -86,6 +84,19 @@ def test_a_witness_is_asked_once_for_each_image_and_agrees_with_itself() -> None
     assert Counted.images == 5
     itself = WitnessAgreement({"it": lambda network: module}, VIEWS, smoothing=0.05)
     assert_close(float(scores(itself, module, batch(0, 3))["witness/it"]), 1.0)
+
+
+def test_an_image_with_a_constant_witness_does_not_count() -> None:
+    class Half(Gradient):
+        def explain(self, image: Tensor, *rest: Any, **options: Any) -> Tensor:
+            found = super().explain(image, *rest, **options)
+            return torch.cat([found[:1], torch.ones_like(found[1:])])
+
+    module, one = explainer(), batch(0, 1)
+    halves = WitnessAgreement({"it": Half}, VIEWS, smoothing=0.05)
+    whole = WitnessAgreement({"it": Gradient}, VIEWS, smoothing=0.05)
+    both = {**batch(0, 3), "image": torch.cat([one["image"], batch(1, 2)["image"]])}
+    assert_close(scores(halves, module, both), scores(whole, module, one))
 
 
 def test_bad_settings_are_told() -> None:
