@@ -11,16 +11,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from classifiers.network import Network
-from explainers.attribution.cam import (
-    channels_first,
-    checked_layer,
-    last_spatial_layer,
-    raw_output,
-    upsampled,
-)
+from explainers.attribution.cam import checked_layer, last_spatial_layer, upsampled
 from explainers.attribution.scores import Sign, at_least_one, class_scores, signed
 from explainers.base import Explainer
 from explainers.batches import halving, in_parts
+from explainers.layers import channels_first, raw_output
 
 
 class ScoreCAM(Explainer):

@@ -15,6 +15,7 @@ from classifiers.network import Network
 from classifiers.optimisation import Optimisation
 from explainers.base import Explainer
 from explainers.learned.base import Generated, LearnedExplainer, OnePass, summed
+from explainers.learned.features import FeatureDecoder
 from explainers.learned.generators import Geometry, head
 from explainers.learned.similar_adversarial import SimilarAdversarial
 from explainers.views import Views, warp
@@ -56,6 +57,9 @@ class Distilled(OnePass):
         optimisation: Optimiser and schedule.
         witnesses: Other methods that have to agree with the teacher, by name. They are not part of
             a checkpoint, which holds their names: an explanation does not need them.
+        features: Whether it also reads the classifier's own feature maps. What is learnt then
+            carries over better to other places than those of training (benchmarks/LOG.md), and a
+            map costs a pass of the classifier.
 
     Raises:
         ValueError: If the teacher draws no images, or as `Geometry` and `LearnedExplainer`.
@@ -73,6 +77,7 @@ class Distilled(OnePass):
         reduction: int = 4,
         optimisation: Optimisation | None = None,
         witnesses: Mapping[str, Callable[[Network], Explainer]] | None = None,
+        features: bool = False,
     ) -> None:
         from explainers.learned import load_explainer  # which knows this class
 
@@ -89,8 +94,12 @@ class Distilled(OnePass):
         self.witnesses = {k: build(drawn.network) for k, build in (witnesses or {}).items()}
         self.agreeing = list(self.witnesses)
         self.views, self.smoothing = views or Views(vertical_flip=0.0), smoothing
-        self.unet, features = geometry.build()
-        self.head = head(features, 1, 1)
+        self.features = features
+        if features:
+            self.unet: nn.Module = FeatureDecoder(self.network, channels, widths, reduction)
+        else:
+            self.unet, _ = geometry.build()
+        self.head = head(widths[0], 1, 1)
         self.scale = nn.Buffer(torch.zeros(()))  # mean of the first maps that are learnt
         self.taught: dict[str, Tensor] = {}
 
@@ -211,5 +220,6 @@ class Distilled(OnePass):
             "widths": list(self.geometry.widths),
             "reduction": self.geometry.reduction,
             "witnesses": list(self.agreeing),
+            "features": self.features,
             "optimisation": asdict(self.optimisation),
         }

@@ -165,9 +165,9 @@ class PlainUNet(nn.Module):
 
     def __init__(self, channels: int, widths: tuple[int, ...] = (16, 32, 64, 128)) -> None:
         super().__init__()
-        self.entry = _double(channels, widths[0])
-        self.down = nn.ModuleList(_double(upper, lower) for upper, lower in pairwise(widths))
-        self.up = nn.ModuleList(_double(upper + lower, upper) for upper, lower in pairwise(widths))
+        self.entry = double(channels, widths[0])
+        self.down = nn.ModuleList(double(upper, lower) for upper, lower in pairwise(widths))
+        self.up = nn.ModuleList(double(upper + lower, upper) for upper, lower in pairwise(widths))
         self.stride = 2 ** (len(widths) - 1)
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f h w"]:
@@ -186,7 +186,7 @@ class PlainUNet(nn.Module):
         return features
 
 
-def _double(inputs: int, outputs: int) -> nn.Sequential:
+def double(inputs: int, outputs: int) -> nn.Sequential:
     """Twice: 3x3 convolution, batch norm, ReLU."""
     layers: list[nn.Module] = []
     for source in (inputs, outputs):

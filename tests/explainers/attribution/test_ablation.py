@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from classifiers.network import Network
 from explainers.attribution.ablation import AblationCAM, ScoreCAM
-from explainers.attribution.cam import raw_output
 from explainers.attribution.scores import ClassScores
+from explainers.layers import raw_output
 
 LAYER, TARGET = "features.2", torch.tensor([2, 0, 1])  # after the first, in-place ReLU
 

@@ -21,9 +21,9 @@ from explainers.attribution.cam import (
     HiResCAM,
     LayerCAM,
     XGradCAM,
-    channels_first,
     last_spatial_layer,
 )
+from explainers.layers import channels_first
 
 
 def frozen(backbone: str, num_logits: int = 1) -> Network:

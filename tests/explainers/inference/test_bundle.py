@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -18,13 +19,17 @@ from explainers.views import Views
 SMALL = Geometry(widths=(4, 6))
 
 
-def student(network: Network, geometry: Geometry) -> Distilled:
-    explainer = Distilled(Single(network, geometry=geometry), widths=(4, 6), reduction=2)
+def student(network: Network, geometry: Geometry, features: bool = False) -> Distilled:
+    teacher = Single(network, geometry=geometry)
+    explainer = Distilled(teacher, widths=(4, 6), reduction=2, features=features)
     explainer.scale.fill_(0.5)
     return explainer
 
 
-@pytest.mark.parametrize("build", [Single, Duo, Adversarial, student])
+reader = partial(student, features=True)
+
+
+@pytest.mark.parametrize("build", [Single, Duo, Adversarial, student, reader])
 @pytest.mark.parametrize("views", [None, Views(0), Views(5, rotation=40.0, seed=3)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_its_answer_is_that_of_explain(
@@ -42,6 +47,14 @@ def test_its_answer_is_that_of_explain(
     assert_close(answer.similar, similar)
     assert_close(answer.adversarial, adversarial)
     assert_close(answer.probability[:, 1], network(image).sigmoid()[:, 0])
+
+
+def test_a_student_that_reads_the_classifier_is_exported() -> None:
+    torch.manual_seed(0)
+    explainer, image = reader(Network("test_resnet").eval(), SMALL), torch.rand(2, 1, 32, 32)
+    bundle = Bundle(explainer.network, explainer, (32, 32), Views(2))
+    found = exported(bundle, image).module()(torch.cat([image, image.flip(3)]))
+    assert_close(found, bundle(torch.cat([image, image.flip(3)])))
 
 
 def test_an_export_leaves_no_second_class_of_the_name() -> None:

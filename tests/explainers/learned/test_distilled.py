@@ -57,9 +57,10 @@ def trained(explainer: Distilled, folder: Path, epochs: int = 1) -> Trainer:
     return trainer
 
 
+@pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("size", [32, 35])
-def test_a_map_is_the_students_alone(size: int) -> None:
-    explainer, calls = distilled().eval(), list[str]()
+def test_a_map_is_the_students_alone(size: int, features: bool) -> None:
+    explainer, calls = distilled(features=features).eval(), list[str]()
     explainer.scale.fill_(2.0)
     expected = explainer.saliency(images(2, size), torch.zeros(2).long())
     explainer.network.register_forward_pre_hook(lambda *_: calls.append("classifier"))
@@ -68,7 +69,7 @@ def test_a_map_is_the_students_alone(size: int) -> None:
     assert maps.shape == (2, size, size)
     assert (maps > 0).all()
     assert_close(maps, expected)
-    assert not calls
+    assert calls == ["classifier"] * features
 
 
 def test_the_teacher_is_asked_once_for_each_name() -> None:
@@ -133,8 +134,11 @@ def test_image_and_map_are_turned_alike(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(set(losses)) == 5  # another draw at each step
 
 
-def test_training_comes_near_the_teacher_and_changes_the_student_alone(tmp_path: Path) -> None:
-    explainer = distilled(optimisation=Optimisation(1e-2, "constant"))
+@pytest.mark.parametrize("features", [False, True])
+def test_training_comes_near_the_teacher_and_changes_the_student_alone(
+    tmp_path: Path, features: bool
+) -> None:
+    explainer = distilled(optimisation=Optimisation(1e-2, "constant"), features=features)
     before = {name: value.clone() for name, value in explainer.state_dict().items()}
     losses = [
         float(trained(explainer, tmp_path, epochs).callback_metrics["val/loss"])
@@ -156,16 +160,19 @@ def test_the_images_before_augmentation_count() -> None:
     assert torch.equal(augmented["unturned"], images())
 
 
-@pytest.mark.parametrize("build", [Single, Duo])
-def test_a_checkpoint_is_complete_by_itself(build: type[Single], tmp_path: Path) -> None:
-    explainer = Distilled(teacher(build), VIEWS, 0.1, (4, 6), 2)
+@pytest.mark.parametrize(("build", "features"), [(Single, False), (Duo, False), (Single, True)])
+def test_a_checkpoint_is_complete_by_itself(
+    build: type[Single], features: bool, tmp_path: Path
+) -> None:
+    explainer = Distilled(teacher(build), VIEWS, 0.1, (4, 6), 2, features=features)
     trained(explainer, tmp_path).save_checkpoint(tmp_path / "student.ckpt")
     loaded = load_explainer(tmp_path / "student.ckpt")
     assert isinstance(loaded, Distilled)
     assert_close(loaded.explain(images()), explainer.explain(images()))
     assert_close(loaded(images()), explainer.teacher(images()))
     assert loaded.arguments() == explainer.arguments()
-    again = Distilled(str(save(teacher(build), tmp_path / "teacher.ckpt")), VIEWS, 0.1, (4, 6), 2)
+    file = str(save(teacher(build), tmp_path / "teacher.ckpt"))
+    again = Distilled(file, VIEWS, 0.1, (4, 6), 2, features=features)
     assert again.arguments() == explainer.arguments()
 
 
