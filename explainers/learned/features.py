@@ -56,7 +56,7 @@ class FeatureDecoder(nn.Module):
 
     Each stage goes through batch norm and a 1x1 convolution; from the coarsest on, two
     convolutions join it with what came from below, resized bilinearly, as in a U-Net. The
-    classifier is not a part of this module.
+    classifier is read and not a part of this module.
 
     Args:
         network: The classifier.
@@ -72,7 +72,6 @@ class FeatureDecoder(nn.Module):
         self, network: Network, channels: int, widths: tuple[int, ...], reduction: int
     ) -> None:
         super().__init__()
-        self.classifier = [network]  # in a list: its weights are not this module's
         found = stages(network, reduction)
         self.layers = list(found)
         wide = [widths[min(k, len(widths) - 1)] for k in range(len(found) + 1)]
@@ -84,10 +83,12 @@ class FeatureDecoder(nn.Module):
         self.up = nn.ModuleList(double(upper + lower, upper) for upper, lower in pairwise(wide))
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f h2 w2"]:
-        """Features at 1/reduction of the image's size, rounded up."""
+    def forward(
+        self, image: Float[Tensor, "b c h w"], network: Network
+    ) -> Float[Tensor, "b f h2 w2"]:
+        """Features at 1/reduction of the image's size, rounded up; any weights of the backbone."""
         skips = [self.image(image)]
-        outputs = raw_outputs(self.classifier[0], self.layers, image)
+        outputs = raw_outputs(network, self.layers, image)
         for name, layer, output in zip(self.layers, self.read, outputs, strict=True):
             skips.append(layer(channels_first(output, name, image.shape)))
         features: Tensor = skips.pop()

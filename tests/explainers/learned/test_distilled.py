@@ -72,6 +72,18 @@ def test_a_map_is_the_students_alone(size: int, features: bool) -> None:
     assert calls == ["classifier"] * features
 
 
+@pytest.mark.parametrize("features", [False, True])
+def test_a_student_that_reads_the_classifier_changes_with_it(features: bool) -> None:
+    explainer = distilled(features=features).eval()
+    explainer.scale.fill_(1.0)
+    before = explainer.explain(images())
+    torch.manual_seed(1)
+    explainer.network = Network("test_resnet").eval()  # as evaluate.py sanity does
+    same = torch.equal(explainer.explain(images()), before)
+    assert explainer.reads_network is features
+    assert same is not features
+
+
 def test_the_teacher_is_asked_once_for_each_name() -> None:
     explainer = distilled(smoothing=0.1)
     found = explainer.targets(images(), ["a", "b", "c", "d"])

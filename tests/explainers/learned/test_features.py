@@ -60,7 +60,7 @@ def test_the_classifier_is_read_and_left_as_it_is(reduction: int) -> None:
     assert network.training
     network.eval()
     image = images()  # 10 x 12
-    features = decoder(image)
+    features = decoder(image, network)
     assert features.shape == (3, 4, -(-10 // reduction), 12 // reduction)
     assert not set(decoder.state_dict()) & set(before)
     features.sum().backward()
@@ -69,4 +69,4 @@ def test_the_classifier_is_read_and_left_as_it_is(reduction: int) -> None:
     with torch.no_grad():
         for weight in network.backbone.parameters():
             weight.add_(0.1)
-    assert not torch.allclose(decoder(image), features)
+    assert not torch.allclose(decoder(image, network), features)
