@@ -94,7 +94,7 @@ class Distilled(OnePass):
         self.witnesses = {k: build(drawn.network) for k, build in (witnesses or {}).items()}
         self.agreeing = list(self.witnesses)
         self.views, self.smoothing = views or Views(vertical_flip=0.0), smoothing
-        self.features = self.reads_network = features
+        self.reads_network = features
         if features:
             self.unet: nn.Module = FeatureDecoder(self.network, channels, widths, reduction)
         else:
@@ -110,7 +110,7 @@ class Distilled(OnePass):
 
     def student(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h2 w2"]:
         """Map in units of ``scale`` at 1/reduction of the image's size, rounded up."""
-        read = self.unet(image, self.network) if self.features else self.unet(image)
+        read = self.unet(image, self.network) if self.reads_network else self.unet(image)
         return F.softplus(self.head(read))
 
     def drawn(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,6 +221,6 @@ class Distilled(OnePass):
             "widths": list(self.geometry.widths),
             "reduction": self.geometry.reduction,
             "witnesses": list(self.agreeing),
-            "features": self.features,
+            "features": self.reads_network,
             "optimisation": asdict(self.optimisation),
         }

@@ -8,12 +8,11 @@ from math import log2
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from classifiers.network import Network
 from explainers.base import untouched
 from explainers.layers import channels_first, is_map, map_outputs, raw_outputs
-from explainers.learned.generators import Folded, double
+from explainers.learned.generators import Folded, double, joined
 
 SIDE = 224  # pixels of the image that shows a backbone's stages
 
@@ -91,8 +90,4 @@ class FeatureDecoder(nn.Module):
         outputs = raw_outputs(network, self.layers, image)
         for name, layer, output in zip(self.layers, self.read, outputs, strict=True):
             skips.append(layer(channels_first(output, name, image.shape)))
-        features: Tensor = skips.pop()
-        for up, skip in zip(reversed(self.up), reversed(skips), strict=True):
-            larger = F.interpolate(features, skip.shape[2:], mode="bilinear", align_corners=False)
-            features = up(torch.cat([larger, skip], 1))
-        return features
+        return joined(skips.pop(), skips, self.up)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -180,10 +180,15 @@ class PlainUNet(nn.Module):
         for down in self.down:
             skips.append(features)
             features = down(F.max_pool2d(features, 2))
-        for up, skip in zip(reversed(self.up), reversed(skips), strict=True):
-            larger = F.interpolate(features, skip.shape[2:], mode="bilinear", align_corners=False)
-            features = up(torch.cat([larger, skip], 1))
-        return features
+        return joined(features, skips, self.up)
+
+
+def joined(features: Tensor, skips: Sequence[Tensor], up: nn.ModuleList) -> Tensor:
+    """The way up of a U-Net: resized bilinearly to each skip, the finest last, and joined to it."""
+    for level, skip in zip(reversed(up), reversed(skips), strict=True):
+        larger = F.interpolate(features, skip.shape[2:], mode="bilinear", align_corners=False)
+        features = level(torch.cat([larger, skip], 1))
+    return features
 
 
 def double(inputs: int, outputs: int) -> nn.Sequential:
