@@ -30,9 +30,10 @@ from datamodules.base import Loading
 from datamodules.summary import connected_boxes
 from explainers import Explainer, Views, load_explainer
 from explainers.attribution import GradCAM, Gradient, SmoothGrad
+from explainers.content import source_of
 from explainers.evaluation import compare as scoring
 from explainers.evaluation.explorer import Case
-from explainers.evaluation.finished import Finished, source_of
+from explainers.evaluation.finished import Finished
 from explainers.evaluation.metrics import localisation_scores, min_max
 from explainers.evaluation.results import Results
 from explainers.evaluation.thresholds import Sweep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch.nn import functional as F
 from classifiers.network import Network
 from classifiers.optimisation import Optimisation
 from explainers.base import Explainer
+from explainers.content import content_hash, source_of
 from explainers.learned.base import Generated, LearnedExplainer, OnePass, summed
 from explainers.learned.features import FeatureDecoder
 from explainers.learned.generators import Geometry, head
 from explainers.learned.similar_adversarial import SimilarAdversarial
+from explainers.learned.taught import Taught
 from explainers.views import Views, warp
 
 TINY = 1e-8  # stands for the mean of maps that are 0 everywhere
@@ -43,9 +46,10 @@ class Distilled(OnePass):
     """A student's map in one pass, trained on maps that were averaged over views and smoothed.
 
     They are a teacher's, or the `agreement` of a teacher's and those of other methods. The map of a
-    training image is computed once, when the image is first seen, and is turned with it; so it is
-    the image before augmentation that counts. The similar and the adversarial image are the
-    teacher's, for who asks to see them; a map does not need them.
+    training image is computed once, when the image is first seen, stays in a file for a training
+    that goes on, and is turned with the image; so it is the image before augmentation that counts.
+    The similar and the adversarial image are the teacher's, for who asks to see them; a map does
+    not need them.
 
     Args:
         teacher: A trained Single or Duo, or its checkpoint; stays as it is.
@@ -60,6 +64,8 @@ class Distilled(OnePass):
         features: Whether it also reads the classifier's own feature maps. What is learnt then
             carries over better to other places than those of training (benchmarks/LOG.md), and a
             map costs a pass of the classifier.
+        maps: Folder of the maps that are learnt, so that several students share them; None: that of
+            the run.
 
     Raises:
         ValueError: If the teacher draws no images, or as `Geometry` and `LearnedExplainer`.
@@ -78,6 +84,7 @@ class Distilled(OnePass):
         optimisation: Optimisation | None = None,
         witnesses: Mapping[str, Callable[[Network], Explainer]] | None = None,
         features: bool = False,
+        maps: str | None = None,
     ) -> None:
         from explainers.learned import load_explainer  # which knows this class
 
@@ -94,6 +101,7 @@ class Distilled(OnePass):
         self.witnesses = {k: build(drawn.network) for k, build in (witnesses or {}).items()}
         self.agreeing = list(self.witnesses)
         self.views, self.smoothing = views or Views(vertical_flip=0.0), smoothing
+        self.maps = maps
         self.reads_network = features
         if features:
             self.unet: nn.Module = FeatureDecoder(self.network, channels, widths, reduction)
@@ -101,7 +109,7 @@ class Distilled(OnePass):
             self.unet, _ = geometry.build()
         self.head = head(widths[0], 1, 1)
         self.scale = nn.Buffer(torch.zeros(()))  # mean of the first maps that are learnt
-        self.taught: dict[str, Tensor] = {}
+        self.taught = Taught()
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
         """The teacher's similar and adversarial image, each (b, c, h, w) in [0, 1]."""
@@ -144,11 +152,25 @@ class Distilled(OnePass):
         self, image: Float[Tensor, "b c h w"], names: list[str]
     ) -> Float[Tensor, "b 1 h2 w2"]:
         """`teach` of images, computed once for each name."""
-        new = [k for k, name in enumerate(names) if name not in self.taught]
-        if new:
-            maps = self.teach(image[new]).cpu()
-            self.taught |= zip((names[k] for k in new), maps, strict=True)
-        return torch.stack([self.taught[name] for name in names]).to(image)
+        if new := self.taught.find(image, names):
+            self.taught.add(image[new], [names[k] for k in new], self.teach(image[new]))
+        return torch.stack([self.taught.maps[name] for name in names]).to(image)
+
+    def on_fit_start(self) -> None:
+        """Take the maps that a training of the same folder has computed."""
+        ways = [self.teacher, *self.witnesses.values()]
+        name = content_hash(
+            [self.teacher.description(), self.teacher.state_dict(), self.witnesses],
+            [self.views, self.smoothing, self.geometry.reduction],
+            [source_of(type(way)) for way in ways],
+        )
+        if name:
+            folder = Path(self.maps or self.trainer.default_root_dir)
+            self.taught.open(folder, f"taught-{name}", self.global_rank)
+
+    def on_train_epoch_end(self) -> None:
+        """Keep the maps that are new."""
+        self.taught.write()
 
     def on_before_batch_transfer(
         self, batch: dict[str, Any], dataloader_idx: int

@@ -16,6 +16,7 @@ from classifiers.optimisation import Optimisation
 from explainers.attribution import Gradient
 from explainers.learned import Distilled, Duo, Geometry, MaskGenerator, Single, load_explainer
 from explainers.learned.distilled import agreement
+from explainers.learned.taught import Taught
 from explainers.views import Views
 
 SMALL = Geometry(widths=(4, 6))
@@ -199,3 +200,59 @@ def test_a_teacher_draws_images() -> None:
     other = MaskGenerator(Network("test_resnet"), geometry=SMALL)
     with pytest.raises(ValueError, match="a teacher draws a similar and an adversarial image"):
         Distilled(other)
+
+
+def computed(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
+    """Images whose maps a training in this folder computed."""
+    explainer, seen = distilled(**options), list[int]()
+    teach = explainer.teach
+    monkeypatch.setattr(explainer, "teach", lambda image: seen.append(len(image)) or teach(image))
+    trained(explainer, folder)
+    return sum(seen)
+
+
+def test_another_training_finds_the_maps_that_were_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    witnesses: Any = {"Gradient": Gradient}
+    assert computed(tmp_path, monkeypatch, witnesses=witnesses) == 12
+    assert computed(tmp_path, monkeypatch, witnesses=witnesses, features=True) == 0
+    assert computed(tmp_path / "new", monkeypatch, witnesses=witnesses) == 12
+    shared = str(tmp_path / "new")
+    assert computed(tmp_path / "third", monkeypatch, witnesses=witnesses, maps=shared) == 0
+    assert computed(tmp_path, monkeypatch, witnesses=witnesses, smoothing=0.1) == 12
+    assert computed(tmp_path, monkeypatch) == 12  # without the witness
+
+
+def test_maps_from_a_file_are_of_the_same_values(tmp_path: Path) -> None:
+    first, second = Taught(), Taught()
+    first.open(tmp_path, "maps", 0)
+    first.add(images(2), ["a", "b"], torch.rand(2, 1, 16, 16))
+    assert second.find(images(2), ["a", "b"]) == [0, 1]
+    first.write()
+    second.open(tmp_path, "maps", 1)  # another process
+    changed = torch.stack([images()[0], images()[0]])
+    assert second.find(changed, ["a", "b"]) == [1]
+    assert torch.equal(second.maps["a"], first.maps["a"])
+
+
+def test_a_long_wait_writes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = Taught()
+    maps.open(tmp_path, "maps", 0)
+    maps.add(images(1), ["a"], torch.rand(1, 1, 16, 16))
+    assert maps.unwritten == 1
+    monkeypatch.setattr("explainers.learned.taught.PATIENCE", -1)
+    maps.add(images(1), ["b"], torch.rand(1, 1, 16, 16))
+    assert set(torch.load(tmp_path / "maps-0.pt")) == {"a", "b"}
+
+
+def test_a_damaged_or_unwritable_file_costs_its_maps_only(tmp_path: Path) -> None:
+    (tmp_path / "maps-0.pt").write_bytes(b"half")
+    maps = Taught()
+    with pytest.warns(UserWarning, match=r"maps-0.pt cannot be read"):
+        maps.open(tmp_path, "maps", 0)
+    maps.add(images(1), ["a"], torch.rand(1, 1, 16, 16))
+    maps.path = tmp_path  # a folder stands in its way
+    with pytest.warns(UserWarning, match="cannot be written .* are not kept"):
+        maps.write()
+    assert maps.find(images(1), ["a"]) == []
