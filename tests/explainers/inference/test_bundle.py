@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from classifiers.network import Network
 from explainers.inference import Answer, Bundle
-from explainers.inference.export import exported
+from explainers.inference.export import exported, write_onnx
 from explainers.learned import Adversarial, Distilled, Duo, Geometry, LearnedExplainer, Single
 from explainers.views import Views
 
@@ -55,6 +58,17 @@ def test_a_student_that_reads_the_classifier_is_exported() -> None:
     bundle = Bundle(explainer.network, explainer, (32, 32), Views(2))
     found = exported(bundle, image).module()(torch.cat([image, image.flip(3)]))
     assert_close(found, bundle(torch.cat([image, image.flip(3)])))
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_the_exported_file_asks_the_classifier_once(features: bool, tmp_path: Path) -> None:
+    """The features that the student reads come from the pass that the decision follows from."""
+    explainer = student(Network("test_resnet").eval(), SMALL, features)
+    bundle = Bundle(explainer.network, explainer, (32, 32))
+    write_onnx(bundle, torch.rand(1, 1, 32, 32), tmp_path / "model.onnx")
+    found = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    layers = [one for one in explainer.modules() if isinstance(one, nn.Conv2d)]
+    assert found.count("Conv") == len(layers)
 
 
 def test_an_export_leaves_no_second_class_of_the_name() -> None:
