@@ -263,9 +263,15 @@ def pool(
         logging: As in compare.
 
     Raises:
-        ValueError: If the folders share some of their images, but not all.
+        ValueError: If the folders share some of their images, but not all, or not all methods.
     """
     parts = [Results.read(Path(folder)) for folder in folders]
+    methods = [set(part.scores["method"]) for part in parts]
+    if uneven := set.union(*methods) - set.intersection(*methods):
+        raise ValueError(
+            f"folders must hold the same methods, but {sorted(uneven)} are not in all of "
+            f"{folders}; compare them there, too, or leave them out of the others."
+        )
     ids = [frozenset(part.images["id"]) for part in parts]
     seeds, folds = len(set(ids)) == 1, len(frozenset.union(*ids)) == sum(map(len, ids))
     if not seeds and not folds:

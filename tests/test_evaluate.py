@@ -415,6 +415,15 @@ def test_pool_puts_folds_together(results: Path, tmp_path: Path) -> None:
         evaluate.pool([str(results), folders[0]], str(tmp_path / "pooled"))
 
 
+def test_pool_wants_the_same_methods(results: Path, tmp_path: Path) -> None:
+    fewer = tmp_path / "fewer"
+    shutil.copytree(results, fewer)
+    scores = pd.read_csv(fewer / "scores.csv")
+    scores[scores["method"] != "Edge map"].to_csv(fewer / "scores.csv", index=False)
+    with pytest.raises(ValueError, match=r"\['Edge map'\] are not in all of .*fewer'\]; compare"):
+        evaluate.pool([str(results), str(fewer)], str(tmp_path / "pooled"))
+
+
 def test_pool_names_a_folder_without_scores(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no scores\.csv"):
         evaluate.pool([str(tmp_path)], str(tmp_path / "out"))
