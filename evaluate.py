@@ -414,8 +414,7 @@ class Study:
             rows += checks.score_states(
                 label, by_network.__getitem__, pair, self.batches, self.views, keeps_target=False
             )
-        blind = {label for label, own in self.learned.items() if not own.reads_network}
-        checks.write(self.with_groups(rows), blind, out, name, across)
+        checks.write(self.with_groups(rows), self.learned, out, name, across)
 
     def with_groups(self, rows: scoring.Rows) -> pd.DataFrame:
         """Scores as a table that has the group of each image."""

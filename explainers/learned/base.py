@@ -66,8 +66,6 @@ class LearnedExplainer(LightningModule, Explainer):
         ValueError: If the data does not fit the network or the geometry.
     """
 
-    reads_network = False  # True where a map changes with the classifier's weights, untrained
-
     def __init__(
         self,
         network: Network | str,

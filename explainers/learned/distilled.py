@@ -61,9 +61,9 @@ class Distilled(OnePass):
         optimisation: Optimiser and schedule.
         witnesses: Other methods that have to agree with the teacher, by name. They are not part of
             a checkpoint, which holds their names: an explanation does not need them.
-        features: Whether it also reads the classifier's own feature maps. What is learnt then
-            carries over better to other places than those of training (benchmarks/LOG.md), and a
-            map costs a pass of the classifier.
+        features: Whether a second branch learns the same from the classifier's own feature maps,
+            and the map is the mean of both. It then carries over better to other places than those
+            of training (benchmarks/LOG.md), and costs a pass of the classifier.
         maps: Folder of the maps that are learnt, so that several students share them; None: that of
             the run.
 
@@ -102,12 +102,12 @@ class Distilled(OnePass):
         self.agreeing = list(self.witnesses)
         self.views, self.smoothing = views or Views(vertical_flip=0.0), smoothing
         self.maps = maps
-        self.reads_network = features
-        if features:
-            self.unet: nn.Module = FeatureDecoder(self.network, channels, widths, reduction)
-        else:
-            self.unet, _ = geometry.build()
+        self.features = features
+        self.unet, _ = geometry.build()
         self.head = head(widths[0], 1, 1)
+        if features:
+            self.reader = FeatureDecoder(self.network, channels, widths, reduction)
+            self.reader_head = head(widths[0], 1, 1)
         self.scale = nn.Buffer(torch.zeros(()))  # mean of the first maps that are learnt
         self.taught = Taught()
 
@@ -116,10 +116,12 @@ class Distilled(OnePass):
         similar, adversarial = self.teacher(image)
         return similar, adversarial
 
-    def student(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h2 w2"]:
-        """Map in units of ``scale`` at 1/reduction of the image's size, rounded up."""
-        read = self.unet(image, self.network) if self.reads_network else self.unet(image)
-        return F.softplus(self.head(read))
+    def student(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b branches h2 w2"]:
+        """A map of each branch, in units of ``scale``, at 1/reduction of the size, rounded up."""
+        maps = [self.head(self.unet(image))]
+        if self.features:
+            maps.append(self.reader_head(self.reader(image, self.network)))
+        return F.softplus(torch.cat(maps, 1))
 
     def drawn(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's images, and the student's map."""
@@ -127,8 +129,8 @@ class Distilled(OnePass):
         return similar, adversarial, self.plain(image)
 
     def plain(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
-        """The student's map, not negative."""
-        low = self.scale * self.student(image)
+        """The mean of the branches' maps, not negative."""
+        low = self.scale * self.student(image).mean(1, keepdim=True)
         size = [self.geometry.reduction * side for side in low.shape[2:]]
         large = F.interpolate(low, size, mode="bilinear", align_corners=False)
         return large[:, 0, : image.shape[2], : image.shape[3]]
@@ -194,9 +196,10 @@ class Distilled(OnePass):
     def difference(
         self, image: Float[Tensor, "b c h w"], maps: Float[Tensor, "b 1 h2 w2"]
     ) -> Float[Tensor, ""]:
-        """Mean absolute difference between the student's maps and these, in units of ``scale``."""
+        """Mean absolute difference of each branch's maps from these, in units of ``scale``."""
         scale = self.scale or maps.mean().clamp(min=TINY)  # before the first training step
-        return F.l1_loss(self.student(image), maps / scale)
+        found = self.student(image)
+        return F.l1_loss(found, (maps / scale).expand_as(found))
 
     def objective(self, image: Float[Tensor, "b c h w"]) -> tuple[dict[str, Tensor], Generated]:
         """Difference from the maps that are learnt, and the teacher's images."""
@@ -243,6 +246,6 @@ class Distilled(OnePass):
             "widths": list(self.geometry.widths),
             "reduction": self.geometry.reduction,
             "witnesses": list(self.agreeing),
-            "features": self.reads_network,
+            "features": self.features,
             "optimisation": asdict(self.optimisation),
         }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, interpolate
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
@@ -81,8 +81,18 @@ def test_a_student_that_reads_the_classifier_changes_with_it(features: bool) -> 
     torch.manual_seed(1)
     explainer.network = Network("test_resnet").eval()  # as evaluate.py sanity does
     same = torch.equal(explainer.explain(images()), before)
-    assert explainer.reads_network is features
     assert same is not features
+
+
+def test_the_map_is_the_mean_of_both_branches_which_learn_each_for_itself() -> None:
+    explainer, maps = distilled(features=True).eval(), torch.rand(4, 1, 16, 16)
+    explainer.scale.fill_(0.5)
+    image, read = explainer.student(images()).split(1, 1)
+    assert not torch.equal(image, read)
+    own = [(branch - maps / 0.5).abs().mean() for branch in (image, read)]
+    assert_close(explainer.difference(images(), maps), (own[0] + own[1]) / 2)
+    larger = interpolate((image + read) / 4, scale_factor=2.0, mode="bilinear")
+    assert_close(explainer.plain(images()), larger[:, 0])
 
 
 def test_the_teacher_is_asked_once_for_each_name() -> None:
@@ -162,7 +172,7 @@ def test_training_comes_near_the_teacher_and_changes_the_student_alone(
     moved = {
         name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])
     }
-    assert moved == {"unet", "head", "scale"}
+    assert moved == {"unet", "head", "scale"} | ({"reader", "reader_head"} if features else set())
     assert not explainer.teacher.training
 
 
