@@ -42,7 +42,9 @@ STUDENT = "Distilled, 16-32-64 at a quarter"
 
 def explainers(network: Network) -> Iterator[tuple[str, OnePass]]:
     """What is timed, by name; untrained, since values do not change the time."""
-    yield STUDENT, Distilled(Single(network, 1, geometry=Geometry(channels=3)))
+    teacher = Single(network, 1, geometry=Geometry(channels=3))
+    yield STUDENT, Distilled(teacher)
+    yield f"{STUDENT}, with features", Distilled(teacher, features=True)
     for name, geometry in GEOMETRIES.items():
         yield name, Single(network, 1, geometry=geometry)
 
