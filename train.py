@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import classifiers.classifier  # noqa: F401  short class names in configs
 import datamodules  # noqa: F401
@@ -212,9 +215,16 @@ def main(args: list[str] | None = None) -> TrainCLI:
 
 @contextmanager
 def advising() -> Iterator[None]:
-    """Where memory runs out, a ValueError tells what to set."""
+    """Where memory runs out, a ValueError tells what to set; a stop by SIGTERM is no success.
+
+    Lightning ends with status 0 then, and what a shell starts next would take half a training for a
+    whole one.
+    """
     try:
         yield
+    except SIGTERMException:
+        print("stopped by SIGTERM; --ckpt_path last goes on where it stands.", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

@@ -20,6 +20,7 @@ from conftest import PHANTOM, SINGLE
 from killed import TINY, Moment, fit_in_a_process, holding
 from torch import Tensor
 
+from classifiers.classifier import Classifier
 from classifiers.network import read_checkpoint
 from classifiers.whole import whole
 from datamodules import Phantom
@@ -296,6 +297,30 @@ def test_a_finished_schedule_is_not_extended(
     told = r"^the schedule .* planned for 8 steps, but 12 are asked for; keep max_epochs"
     with pytest.raises(ValueError, match=told):
         tiny(train, tmp_path, *more, 3, model=model)
+
+
+def test_a_training_ended_by_sigterm_is_no_success(
+    train: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loss = Classifier.loss
+
+    def ended(self: Classifier, *given: Tensor) -> Tensor:
+        if self.global_step == 5:  # in the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *given)
+
+    monkeypatch.setattr(Classifier, "loss", ended)
+    with pytest.raises(SystemExit) as stop:
+        tiny(train, tmp_path)
+    assert stop.value.code == 143
+    assert "stopped by SIGTERM; --ckpt_path last goes on" in capsys.readouterr().err
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+    monkeypatch.undo()
+    tiny(train, tmp_path, "--ckpt_path", "last")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
 
 
 @pytest.mark.parametrize(
