@@ -599,7 +599,7 @@ def test_sanity_with_kept_and_retrained_explainers(
     assert (spearman.loc[("Single", "retrained", 1), "value"] < 0.99).all()
     assert (spearman.loc[("Gradient", "cascading", 2), "value"] < 0.99).all()
     text = (tmp_path / "out" / "sanity.md").read_text()
-    assert "its generator does not follow the classifier" in text
+    assert "kept, not trained for the changed classifier" in text
     with pytest.raises(ValueError, match=r"retrained names \['Duo'\], which explainers does not"):
         evaluate.sanity(str(tmp_path / "out"), **arguments | {"retrained": {"Duo": "x.ckpt"}})
     with pytest.raises(ValueError, match="'Single' was trained for another classifier"):

@@ -114,7 +114,7 @@ def verdicts(table: pd.DataFrame, kept: Collection[str] = ()) -> pd.DataFrame:
 
     Args:
         table: Of `summary`; the random map among its methods.
-        kept: Learned explainers that were kept: their generators do not follow the classifier.
+        kept: Learned explainers that were kept, not trained for the changed classifier.
 
     Raises:
         ValueError: If the random map was not scored.
@@ -140,7 +140,7 @@ def verdicts(table: pd.DataFrame, kept: Collection[str] = ()) -> pd.DataFrame:
         words += ["uninformative"] * bool(own["low"] <= random <= own["high"])
         verdict = ", ".join(words) or "sensitive"
         if method in kept and order != "retrained":
-            verdict += ": kept, its generator does not follow the classifier; retrain it"
+            verdict += ": kept, not trained for the changed classifier; retrain it"
         figures = [line[name] for name in ("mean", "low", "high")]
         rows.append((method, order, *figures, own["mean"], verdict))
     columns = ["method", "order", "spearman", "low", "high", "average precision", "verdict"]

@@ -127,7 +127,7 @@ def test_verdicts_by_hand(scores: pd.DataFrame) -> None:
         "edges": "insensitive",
         "good": "sensitive",
         "noise": "uninformative",
-        "kept": "insensitive: kept, its generator does not follow the classifier; retrain it",
+        "kept": "insensitive: kept, not trained for the changed classifier; retrain it",
     }
     assert judged.loc["good", "spearman"] == pytest.approx(0.1)
     assert judged.loc["good", "average precision"] == pytest.approx(0.85)
