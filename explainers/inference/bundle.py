@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,8 @@ from torch.nn.functional import grid_sample
 
 from classifiers.network import Network, decide, probabilities
 from explainers.views import Views, laid_out, smooth
+
+T = TypeVar("T")
 
 
 class Answer(NamedTuple):
@@ -94,19 +97,38 @@ class Bundle(nn.Module):
         self, image: Float[Tensor, "b c h w"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The fields of an `Answer`, as a plain tuple that a file can hold."""
-        similar, adversarial, plain = self.generator.drawn(image)
-        probability, decision, maps = self.judged(image, plain)
+        (similar, adversarial, plain), logits = self.with_logits(self.generator.drawn, image)
+        probability, decision, maps = self.judged(image, plain, logits)
         return probability, decision, similar, adversarial, maps
 
     def explained(self, image: Float[Tensor, "b c h w"]) -> Explanation:
         """An answer without its images, which may take longer to draw than the map."""
-        return Explanation(*self.judged(image, self.generator.plain(image)))
+        return Explanation(*self.judged(image, *self.with_logits(self.generator.plain, image)))
+
+    def with_logits(
+        self, draw: Callable[[Tensor], T], image: Float[Tensor, "b c h w"]
+    ) -> tuple[T, Float[Tensor, "b k"]]:
+        """What is drawn from an image, and its logits: of the pass that drawing makes, if any."""
+        found: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+            if inputs[0] is image:
+                found.append(logits)
+
+        handle = self.network.register_forward_hook(keep)
+        try:
+            drawn = draw(image)
+        finally:
+            handle.remove()
+        return drawn, found[0] if found else self.network(image)
 
     def judged(
-        self, image: Float[Tensor, "b c h w"], plain: Float[Tensor, "b h w"]
+        self,
+        image: Float[Tensor, "b c h w"],
+        plain: Float[Tensor, "b h w"],
+        logits: Float[Tensor, "b k"],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Probability, decision, and the map averaged and smoothed."""
-        logits = self.network(image)
         maps = self.averaged(image, plain) if self.count else plain
         decision = decide(logits, self.network.threshold)
         return probabilities(logits), decision, smooth(maps, self.smoothing)

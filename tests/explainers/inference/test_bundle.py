@@ -71,6 +71,17 @@ def test_the_exported_file_asks_the_classifier_once(features: bool, tmp_path: Pa
     assert found.count("Conv") == len(layers)
 
 
+@pytest.mark.parametrize("build", [Single, student, reader])
+def test_an_answer_asks_the_classifier_once(build: Callable[..., LearnedExplainer]) -> None:
+    explainer, asked = build(Network("test_resnet").eval(), geometry=SMALL), list[torch.Size]()
+    explainer.network.register_forward_hook(lambda _, inputs, __: asked.append(inputs[0].shape))
+    bundle, image = Bundle(explainer.network, explainer, (32, 32)), torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        bundle.explained(image)
+        bundle(image)
+    assert asked == [image.shape] * 2
+
+
 def test_an_export_leaves_no_second_class_of_the_name() -> None:
     explainer = Single(Network("test_resnet"), geometry=SMALL).eval()
     gc.disable()
