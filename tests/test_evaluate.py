@@ -35,6 +35,7 @@ from explainers.evaluation import compare as scoring
 from explainers.evaluation.explorer import Case
 from explainers.evaluation.finished import Finished
 from explainers.evaluation.metrics import localisation_scores, min_max
+from explainers.evaluation.metrics.localisation import PERCENTILES, score_names
 from explainers.evaluation.results import Results
 from explainers.evaluation.thresholds import Sweep
 from explainers.views import smooth
@@ -107,18 +108,29 @@ def test_scores_are_those_of_the_explainer(results: Path, phantom_single: Path) 
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_smoothing_is_chosen_on_validation(results: Path, phantom_classifier: Path) -> None:
+def test_smoothing_and_percentile_are_chosen_on_validation(
+    results: Path, phantom_classifier: Path
+) -> None:
     network = load_network(phantom_classifier)
-    totals = {0.0: 0.0, 0.05: 0.0}
+    totals = {sigma: dict.fromkeys(score_names(PERCENTILES), 0.0) for sigma in (0.0, 0.05)}
     for batch in phantom().loader("val"):
         chosen = batch["has_mask"]
         if chosen.any():
             maps = Gradient(network).explain(batch["image"][chosen])
-            for sigma in totals:
-                score = localisation_scores(smooth(maps, sigma), batch["mask"][chosen])
-                totals[sigma] += float(score["average_precision"].sum())
-    costs = Results.read(results).costs.set_index(["method", "views"])
-    assert costs.loc[("Gradient", "plain"), "sigma"] == max(totals, key=lambda sigma: totals[sigma])
+            for sigma, total in totals.items():
+                scores = localisation_scores(smooth(maps, sigma), batch["mask"][chosen])
+                for name, values in scores.items():
+                    total[name] += float(values.sum())
+    tables = Results.read(results)
+    cost = tables.costs.set_index(["method", "views"]).loc[("Gradient", "plain")]
+    best = max(totals, key=lambda sigma: totals[sigma]["average_precision"])
+    assert cost["sigma"] == best
+    rows = tables.scores.query("method == 'Gradient' and views == 'plain'")
+    values = rows.set_index(["smoothing", "metric", "id"])["value"]
+    for form, sigma in {"raw": 0.0, "smoothed": best}.items():
+        at = max(PERCENTILES, key=lambda p: totals[sigma][f"iou_{p:g}"])
+        assert cost[f"percentile_{form}"] == at
+        assert values[form, "iou_chosen"].equals(values[form, f"iou_{at:g}"])
 
 
 def test_long_table(results: Path) -> None:
@@ -173,10 +185,10 @@ def test_peak_memory_is_that_of_the_call() -> None:
 
 def test_smoothing_without_annotated_validation_images_is_refused() -> None:
     with pytest.raises(ValueError, match="none of its images has a mask"):
-        scoring.choose_smoothing(Gradient(Network("resnet18")), [], None, (0.0, 0.05))
+        scoring.choose(Gradient(Network("resnet18")), [], None, (0.0, 0.05))
     with pytest.raises(ValueError, match=r"at least one sigma .* but got \[\]"):
-        scoring.choose_smoothing(Gradient(Network("resnet18")), [], None, ())
-    assert scoring.choose_smoothing(Gradient(Network("resnet18")), [], None, (0.02,)) == 0.02
+        scoring.choose(Gradient(Network("resnet18")), [], None, ())
+    assert scoring.choose(Gradient(Network("resnet18")), [], None, (0.02,)) == (0.02, {})
 
 
 def test_kept_and_flipped_per_decided_class(results: Path, phantom_single: Path) -> None:
@@ -313,14 +325,14 @@ def test_the_source_counts_as_far_as_a_method_follows_from_it() -> None:
 def test_a_limit_scores_the_same_few_images_whatever_their_order(
     phantom_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen_on, choose = {}, scoring.choose_smoothing
+    chosen_on, choose = {}, scoring.choose
 
-    def counting(explainer: Explainer, batches: Any, views: Any, candidates: Any) -> float:
+    def counting(explainer: Explainer, batches: Any, views: Any, candidates: Any) -> scoring.Choice:
         batches = list(batches)
         chosen_on[type(explainer), bool(views)] = sum(len(batch["id"]) for batch in batches)
         return choose(explainer, batches, views, candidates)
 
-    monkeypatch.setattr(scoring, "choose_smoothing", counting)
+    monkeypatch.setattr(scoring, "choose", counting)
     limits = {"Gradient": scoring.Limit(views=3, validation=4)}
     evaluate.compare(
         phantom(),

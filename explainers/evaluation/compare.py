@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 from torch import distributed as dist
 
@@ -22,9 +23,12 @@ from explainers.batches import peak_memory
 from explainers.evaluation.counterfactual import Real, counterpart_scores
 from explainers.evaluation.metrics.generated import flipped, image_similarity, kept
 from explainers.evaluation.metrics.localisation import (
-    average_precision,
+    PERCENTILES,
+    curve_at,
     localisation_scores,
     operating_points,
+    rank,
+    ranked_average_precision,
 )
 from explainers.views import Views, smooth
 
@@ -34,6 +38,7 @@ Rows = list[dict[str, object]]
 T = TypeVar("T")
 TENSORS = ("image", "mask", "label", "features", "importance")  # of a batch
 PAIRS = ("x_xs", "x_xa", "xs_xa")
+FORMS = ("raw", "smoothed")  # of maps
 
 
 @dataclass(frozen=True)
@@ -138,13 +143,26 @@ def drawn(batches: Iterable[Batch], count: int | None) -> list[str] | None:
     return sorted(gathered(ids), key=lambda name: sha256(name.encode()).hexdigest())[:count]
 
 
-def choose_smoothing(
+class Choice(NamedTuple):
+    """What the validation images decide for one method.
+
+    Attributes:
+        sigma: Of the smoothing, share of the image side.
+        percentiles: Threshold with the highest mean IoU, of the "raw" maps and the "smoothed" ones;
+            none where nothing was tried.
+    """
+
+    sigma: float
+    percentiles: Mapping[str, float]
+
+
+def choose(
     explainer: Explainer,
     batches: Iterable[dict[str, Any]],
     views: Views | None,
     candidates: Sequence[float],
-) -> float:
-    """Sigma with the highest mean average precision; the smaller one of equals.
+) -> Choice:
+    """Sigma with the highest mean average precision, and the percentiles; the smaller of equals.
 
     Args:
         explainer: Whose maps are smoothed.
@@ -158,20 +176,30 @@ def choose_smoothing(
     if not candidates:
         raise ValueError("smoothing needs at least one sigma (0 is off), but got [].")
     if len(candidates) == 1:
-        return candidates[0]
-    total = torch.zeros(len(candidates), dtype=torch.float64)
+        return Choice(candidates[0], {})
+    total = torch.zeros(len(candidates), 1 + len(PERCENTILES), dtype=torch.float64)
     for batch in batches:
         raw = explainer.explain(batch["image"], views=views)
         for k, sigma in enumerate(candidates):
-            precision = average_precision(smooth(raw, sigma), batch["mask"])
-            total[k] += precision.nansum().cpu()
+            ranked = rank(smooth(raw, sigma), batch["mask"])
+            ious = curve_at(ranked, PERCENTILES).iou
+            scores = torch.cat([ranked_average_precision(ranked)[:, None], ious], 1)
+            total[k] += scores.nansum(0).cpu()
     total = torch.stack(gathered([total])).sum(0)
-    if not total.any():
+    if not total[:, 0].any():
         raise ValueError(
             f"smoothing is chosen from {list(candidates)} on the validation split, but none of its "
             "images has a mask; give a single sigma, --smoothing [0]."
         )
-    return candidates[int((total - total.max()).abs().le(1e-9).nonzero()[0])]
+    sigma = candidates[first_best(total[:, 0])]
+    best = {one: first_best(row[1:]) for one, row in zip(candidates, total, strict=True)}
+    forms = {"raw": 0.0, "smoothed": sigma}
+    return Choice(sigma, {k: PERCENTILES[best[one]] for k, one in forms.items() if one in best})
+
+
+def first_best(values: Float64[Tensor, " n"]) -> int:
+    """Place of the highest value, the first of equals."""
+    return int((values - values.max()).abs().le(1e-9).nonzero()[0])
 
 
 @contextmanager
@@ -197,14 +225,15 @@ def score_entry(
         validation: Annotated images on which the smoothing is chosen.
         scored: Annotated images that are scored.
         views: Of the maps.
-        candidates: Sigmas to choose from; see `choose_smoothing`.
+        candidates: Sigmas to choose from; see `choose`.
     """
     with named(entry.name):
-        sigma = choose_smoothing(entry.explainer, validation, views, candidates)
+        sigma, percentiles = choose(entry.explainer, validation, views, candidates)
         sigmas = {"raw": 0.0} | ({"smoothed": sigma} if any(candidates) else {})
-        rows, cost = score_maps(entry, scored, views, sigmas)
+        rows, cost = score_maps(entry, scored, views, sigmas, percentiles)
     row = {"method": entry.name, "views": "views" if views else "plain", "control": entry.control}
-    return rows, {**row, "sigma": sigma, **cost.per_image()}
+    chosen = {f"percentile_{name}": percentiles.get(name, float("nan")) for name in FORMS}
+    return rows, {**row, "sigma": sigma, **chosen, **cost.per_image()}
 
 
 def score_maps(
@@ -212,6 +241,7 @@ def score_maps(
     batches: Iterable[dict[str, Any]],
     views: Views | None,
     sigmas: Mapping[str, float],
+    percentiles: Mapping[str, float],
 ) -> tuple[Rows, Cost]:
     """Localisation scores of every image, for each named sigma, and what the maps cost.
 
@@ -219,7 +249,8 @@ def score_maps(
         entry: The explainer.
         batches: Annotated images.
         views: Of the maps.
-        sigmas: Smoothing by the name it has in the table ("raw", "smoothed").
+        sigmas: Smoothing by the name it has in the table, one of `FORMS`.
+        percentiles: At which the IoU is "iou_chosen", by that name.
     """
     rows: Rows = []
     cost = Cost()
@@ -229,6 +260,8 @@ def score_maps(
         for name, sigma in sigmas.items():
             maps = smooth(raw, sigma)
             scores = localisation_scores(maps, batch["mask"])
+            if name in percentiles:
+                scores["iou_chosen"] = scores[f"iou_{percentiles[name]:g}"]
             scores |= operating_points(maps, batch["mask"])
             row = {"method": entry.name, "views": "views" if views else "plain", "smoothing": name}
             rows += long_form(batch["id"], scores, row)

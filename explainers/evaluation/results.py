@@ -26,7 +26,8 @@ class Results:
     Attributes:
         scores: Per image, method and metric; see `statistics.checked_scores`.
         images: Per image: id, group, label, decision, correct, p(class) of each, table columns.
-        costs: Per method and views: control, sigma, seconds per image, megabytes.
+        costs: Per method and views: control, sigma, the percentiles chosen for raw and smoothed
+            maps, seconds per image, megabytes.
     """
 
     scores: pd.DataFrame

@@ -19,6 +19,7 @@ from explainers.evaluation.statistics import (
 HEADS = {
     "average_precision": "average precision",
     "iou_95": "IoU at 95",
+    "iou_chosen": "IoU at its own percentile",
     "total_auc": "total AUC",
     "partial_auc": "partial AUC",
     "average_precision_correct": "AP, correctly classified",
@@ -91,7 +92,8 @@ def wide_table(
     Args:
         table: Of `long_table`.
         scores: Per image, for the paired differences.
-        costs: Columns method, views, control, sigma, seconds (per image), megabytes.
+        costs: Columns method, views, control, sigma, percentile_raw, percentile_smoothed, seconds
+            (per image), megabytes.
         reference: Method whose best row the others are held against, as against the best control.
 
     Raises:
@@ -118,11 +120,17 @@ def wide_table(
             text = pd.Series([interval_text(line, "+") for line in paired.itertuples()], dtype=str)
             text.index = pd.MultiIndex.from_frame(paired[ROW])
             wide[f"AP minus {name} ({', '.join(row)})"] = text
-    cost = costs.groupby(["method", "views"])[["sigma", "seconds", "megabytes"]].mean()
+    numbers = ["sigma", "percentile_raw", "percentile_smoothed", "seconds", "megabytes"]
+    known = costs.reindex(columns=["method", "views", *numbers])  # older ones have no percentiles
+    cost = known.groupby(["method", "views"]).mean()
     keys = wide.index.to_frame()
     lines = [cost.loc[key] for key in zip(keys["method"], keys["views"], strict=True)]
     used = (keys["smoothing"] == "smoothed").tolist()
     wide["sigma"] = [f"{line.sigma * u:.3g}" for line, u in zip(lines, used, strict=True)]
+    chosen = [
+        line[f"percentile_{form}"] for line, form in zip(lines, keys["smoothing"], strict=True)
+    ]
+    wide["percentile"] = ["" if one != one else f"{one:.3g}" for one in chosen]
     wide["s / image"] = [f"{line.seconds:.4f}" for line in lines]
     wide["MB"] = [f"{line.megabytes:.0f}" for line in lines]
     return wide.reset_index().fillna("")

@@ -200,6 +200,11 @@ def test_wide_table_holds_difference_to_the_best_row() -> None:
     assert wide.loc["Good", "AP, correctly classified"].startswith("0.80")
     assert wide.loc["Good", "s / image"] == "0.5000"
     assert wide.loc["Good", "sigma"] == "0"  # the raw row is not smoothed
+    assert wide.loc["Good", "percentile"] == ""  # of a folder from before there was one
+    chosen = costs().assign(percentile_raw=98.0, percentile_smoothed=90.0)
+    assert (
+        wide_table(long_table(values, table), values, chosen)["percentile"].tolist() == ["98"] * 3
+    )
 
 
 def test_without_controls_there_is_no_best_one() -> None:
