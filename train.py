@@ -180,16 +180,12 @@ def lock(folder: Path) -> IO[str] | None:
 
 
 def build_loggers(kind: str, folder: str, resumed: bool = False) -> list[Logger]:
-    """Loggers by name, all writing under ``folder``.
-
-    The CSV file is ``folder/metrics.csv``; that of a resumed training lies in ``version_0``,
-    ``version_1``, ... because the logger removes what stands in its way.
-    """
+    """Loggers by name, all writing under ``folder``; metrics.csv goes on where it is resumed."""
     if kind == "off":
         return []
     if kind == "tensorboard":
         return [TensorBoardLogger(folder, name="", version="tensorboard")]
-    loggers: list[Logger] = [SteadyCSV(folder, name="", version=None if resumed else "")]
+    loggers: list[Logger] = [SteadyCSV(folder, resumed)]
     if kind == "wandb":
         Path(folder).mkdir(parents=True, exist_ok=True)
         name = "/".join(Path(folder).parts[-2:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,17 +12,56 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from explainers.tracking import wandb_mode
+from explainers.whole import write_whole
 
 PATIENCE = {"init_timeout": 30.0, "finish_timeout": 600.0}  # seconds; WANDB_INIT_TIMEOUT overrides
 
 
+class Continued(ExperimentWriter):
+    """Adds to the rows of an earlier training, in place of those of steps that are taken again."""
+
+    def _check_log_dir_exists(self) -> None:
+        """The parent would remove the earlier rows."""
+
+    def save(self) -> None:
+        """Write the new rows, the first time after cutting what they replace."""
+        file = Path(self.metrics_file_path)
+        if self.metrics and not self.metrics_keys and file.exists():
+            rows = csv.DictReader(io.StringIO(file.read_text(), newline=""))
+            self.metrics_keys = list(rows.fieldnames or [])
+            table = csv.DictWriter(text := io.StringIO(newline=""), self.metrics_keys)
+            table.writeheader()
+            table.writerows(row for row in rows if int(row["step"]) < self.metrics[0]["step"])
+            write_whole(file, text.getvalue())
+        super().save()
+
+
 class SteadyCSV(CSVLogger):
-    """Keeps the rows that cannot be written, and writes them when it can be done again."""
+    """Keeps the rows that cannot be written, and writes them when it can be done again.
+
+    Args:
+        folder: Where metrics.csv lies.
+        resumed: Whether the rows that it holds are kept; without, they are removed.
+    """
 
     told = False
+
+    def __init__(self, folder: str | Path, resumed: bool = False) -> None:
+        super().__init__(folder, name="", version="")
+        self.resumed = resumed
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """What writes the rows."""
+        if self._experiment is None and self.resumed:
+            self._experiment = Continued(self.log_dir)
+        experiment: ExperimentWriter = super().experiment
+        return experiment
 
     @rank_zero_only
     def save(self) -> None:

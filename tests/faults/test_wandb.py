@@ -112,7 +112,7 @@ def test_training_goes_on_where_wandb_breaks(
 def test_rows_that_cannot_be_written_are_written_later(
     tmp_path: Path, tell_fault: TellFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logger = SteadyCSV(tmp_path, name="", version="")
+    logger = SteadyCSV(tmp_path)
     logger.log_metrics({"a": 1.0}, 0)
     logger.save()
 
