@@ -45,14 +45,14 @@ from explainers.evaluation import sanity as checks
 from explainers.evaluation import thresholds as cuts
 from explainers.evaluation.counterfactual import Real
 from explainers.evaluation.explorer import Case, explorer, scores_of
-from explainers.evaluation.finished import Finished
+from explainers.evaluation.finished import Finished, Maps
 from explainers.evaluation.results import Results
 from explainers.evaluation.statistics import Row
 from explainers.evaluation.tables import long_table
 from explainers.evaluation.thresholds import Sweep
 from explainers.learned import LearnedExplainer, load_explainer
 from explainers.tracking import artifact_names, declare_inputs, log_files, wandb_mode
-from explainers.views import Views
+from explainers.views import Views, smooth
 from explainers.whole import write_whole
 
 Method = Callable[[Network], Explainer]
@@ -81,7 +81,8 @@ def compare(
 ) -> None:
     """Score explainers side by side; writes table.csv, table.md, scores.csv and report.html.
 
-    Finished rows lie in ``out``/finished: the same command goes on where it was interrupted.
+    Finished rows lie in ``out``/finished, maps that took more than a second in ``out``/maps: the
+    same command goes on where it was interrupted.
 
     Args:
         data: Images with masks, as in training.
@@ -131,7 +132,8 @@ def compare(
     images = scoring.classified(network, data.loader(split), groups, fabric.device)
     content = [scoring.digest(data.loader("val")), scoring.digest(data.loader(split))]
     finished = Finished(Path(out) / "finished", content, views, smoothing)
-    scores, costs = score(entries, data, protocol, fabric.device, finished)
+    maps = Path(out) / "maps"
+    scores, costs = score(entries, data, protocol, fabric.device, finished, maps)
     real = real_image(data, split)
     for name, explainer in learned.items():
         batches = data.loader(split)
@@ -146,7 +148,7 @@ def compare(
             "Device": f"{fabric.device}, batches of {data.loading.batch_size}, seed {seed}",
             "Checkpoints": ", ".join(f"{name}: {path}" for name, path in sources.items()),
         }
-        cases = pictured_images(entries, results, data, protocol, pictured, fabric.device)
+        cases = pictured_images(entries, results, data, protocol, pictured, fabric.device, maps)
         write = partial(page_of, Path(out), results, shown, protocol, type(data).__name__, facts)
         write_whole(Path(out) / "report.html", write(cases))
         if logging == "wandb":
@@ -775,8 +777,18 @@ def score(
     protocol: scoring.Protocol,
     device: torch.device,
     finished: Finished,
+    maps: Path,
 ) -> tuple[scoring.Rows, scoring.Rows]:
-    """Scores per image, and per method and views the chosen smoothing and the costs."""
+    """Scores per image, and per method and views the chosen smoothing and the costs.
+
+    Args:
+        entries: Rows of the table.
+        data: Images.
+        protocol: Of all rows.
+        device: Of the explainers.
+        finished: Rows that are there.
+        maps: Folder of maps that are slow to compute.
+    """
     scores: scoring.Rows = []
     costs: scoring.Rows = []
     jobs = [(entry, variant) for entry in entries for variant in protocol.variants()]
@@ -784,17 +796,24 @@ def score(
     with progress_bar() as progress:
         task = progress.add_task("", total=len(jobs))
         for entry, variant in jobs:
-            form = "views" if variant else "plain"
+            form: Literal["plain", "views"] = "views" if variant else "plain"
             progress.update(task, description=f"{entry.name}, {form}")
             counts = protocol.choosing(entry.name, variant), protocol.limit(entry.name, variant)
             path = finished.path(entry.explainer, entry.name, entry.control, form, *counts)
             known = finished.read(path)
             if known is None:
                 validation, scored = (
-                    scoring.annotated(loader, device, scoring.drawn(loader, count))
+                    counted(
+                        scoring.annotated(loader, device, scoring.drawn(loader, count)),
+                        partial(progress.update, task),
+                        f"{entry.name}, {form}",
+                    )
                     for loader, count in zip(loaders, counts, strict=True)
                 )
-                known = scoring.score_entry(entry, validation, scored, variant, protocol.smoothing)
+                explained = Maps(maps, entry.explainer, variant)
+                known = scoring.score_entry(
+                    entry, form, explained, validation, scored, protocol.smoothing
+                )
                 if path:
                     rank_zero_only(finished.write)(path, known)
             rows, row = known
@@ -806,6 +825,17 @@ def score(
     return scores, costs
 
 
+def counted(
+    batches: Iterable[dict[str, Any]], tell: Callable[..., None], row: str
+) -> Iterator[dict[str, Any]]:
+    """The batches, the number of images that are done told beside the row's name."""
+    done = 0
+    for batch in batches:
+        tell(description=f"{row}, {done} images done")
+        yield batch
+        done += len(batch["id"])
+
+
 def pictured_images(
     entries: Sequence[scoring.Entry],
     results: Results,
@@ -813,6 +843,7 @@ def pictured_images(
     protocol: scoring.Protocol,
     count: int,
     device: torch.device,
+    maps: Path,
 ) -> list[Case]:
     """The first images with the smoothed map of every method, controls left out.
 
@@ -830,17 +861,20 @@ def pictured_images(
         entry.name: "views" if averaged and entry.name not in protocol.limits else "plain"
         for entry in shown
     }
+    explained = {
+        entry.name: Maps(maps, entry.explainer, protocol.views if form == "views" else None)
+        for entry, form in zip(shown, forms.values(), strict=True)
+    }
+    cost = scoring.Cost()
     cases: list[Case] = []
     for batch in data.loader(protocol.split):
         if len(cases) >= count:
             break
         image = batch["image"][: count - len(cases)].to(device)
-        maps = {}
-        for entry in shown:
-            views = protocol.variants()[-1] if forms[entry.name] == "views" else None
-            smoothing = sigma[entry.name, forms[entry.name]]
-            raw = entry.explainer.explain(image, views=views, smoothing=smoothing)
-            maps[entry.name] = raw.detach().float().cpu()
+        drawn = {
+            name: smooth(maps_of(image, cost), sigma[name, forms[name]]).float().cpu()
+            for name, maps_of in explained.items()
+        }
         with torch.inference_mode():
             generated = {
                 entry.name: [*map(pictures.rgb, entry.explainer.eval()(image))]
@@ -854,7 +888,7 @@ def pictured_images(
                     facts_of(known.loc[name]),
                     pictures.rgb(image)[k],
                     batch["mask"][k] if batch["has_mask"][k] else None,
-                    {method: one[k] for method, one in maps.items()},
+                    {method: one[k] for method, one in drawn.items()},
                     {method: (pair[0][k], pair[1][k]) for method, pair in generated.items()},
                     scores_of(scores.get(name, results.scores[:0]), forms),
                 )

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ import yaml
 from bs4 import BeautifulSoup
 from offline import wandb_records
 from PIL import Image
+from torch import Tensor
 
 import evaluate
 from classifiers import Network, load_network
@@ -28,12 +30,13 @@ from classifiers.randomise import save_network
 from datamodules import ImageTable, Phantom, Relabelled
 from datamodules.base import Loading
 from datamodules.summary import connected_boxes
-from explainers import Explainer, Views, load_explainer
+from explainers import Views, load_explainer
 from explainers.attribution import GradCAM, Gradient, SmoothGrad
 from explainers.content import source_of
 from explainers.evaluation import compare as scoring
+from explainers.evaluation import finished
 from explainers.evaluation.explorer import Case
-from explainers.evaluation.finished import Finished
+from explainers.evaluation.finished import Finished, Maps
 from explainers.evaluation.metrics import localisation_scores, min_max
 from explainers.evaluation.metrics.localisation import PERCENTILES, score_names
 from explainers.evaluation.results import Results
@@ -185,10 +188,10 @@ def test_peak_memory_is_that_of_the_call() -> None:
 
 def test_smoothing_without_annotated_validation_images_is_refused() -> None:
     with pytest.raises(ValueError, match="none of its images has a mask"):
-        scoring.choose(Gradient(Network("resnet18")), [], None, (0.0, 0.05))
+        scoring.choose(lambda image, cost: image[:, 0], [], (0.0, 0.05))
     with pytest.raises(ValueError, match=r"at least one sigma .* but got \[\]"):
-        scoring.choose(Gradient(Network("resnet18")), [], None, ())
-    assert scoring.choose(Gradient(Network("resnet18")), [], None, (0.02,)) == (0.02, {})
+        scoring.choose(lambda image, cost: image[:, 0], [], ())
+    assert scoring.choose(lambda image, cost: image[:, 0], [], (0.02,)) == (0.02, {})
 
 
 def test_kept_and_flipped_per_decided_class(results: Path, phantom_single: Path) -> None:
@@ -272,11 +275,11 @@ def test_an_interrupted_comparison_goes_on(
     """Stopped in its fourth row of 14: three are kept, and the scores are those of one go."""
     computed: list[str] = []
 
-    def stopped(entry: scoring.Entry, *arguments: Any) -> Any:
-        computed.append(entry.name)
+    def stopped(row: dict[str, str], *arguments: Any) -> Any:
+        computed.append(row["method"])
         if len(computed) == 4:
             raise KeyboardInterrupt
-        return score_maps(entry, *arguments)
+        return score_maps(row, *arguments)
 
     score_maps = scoring.score_maps
     monkeypatch.setattr(scoring, "score_maps", stopped)
@@ -286,6 +289,64 @@ def test_an_interrupted_comparison_goes_on(
     compare(phantom_classifier, phantom_single, tmp_path)
     assert len(computed) == 4 + 11
     pd.testing.assert_frame_equal(Results.read(tmp_path).scores, Results.read(results).scores)
+
+
+class Counted(Gradient):
+    """Gradient that remembers which images it explained, and can be stopped."""
+
+    seen: ClassVar[list[str]] = []
+    stop: ClassVar[int] = 1000
+
+    def saliency(self, image: Tensor, target: Tensor) -> Tensor:
+        if len(self.seen) >= self.stop:
+            raise KeyboardInterrupt
+        self.seen.extend(sha256(one.numpy().tobytes()).hexdigest() for one in image)
+        return super().saliency(image, target)
+
+
+def test_a_slow_map_is_computed_once(
+    phantom_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not again after a stop within a row, for other limits, nor for the page."""
+    arguments: Any = {"methods": {"Counted": Counted}, "smoothing": (0.0, 0.05)}
+    arguments |= {"accelerator": "cpu", "pictured": 0}
+    run = partial(evaluate.compare, phantom(), str(phantom_classifier), **arguments)
+    run(out=str(tmp_path / "fast"))
+    assert not (tmp_path / "fast" / "maps").exists()
+    assert (before := len(Counted.seen)) > 8
+    Counted.seen.clear()
+    monkeypatch.setattr(finished, "SLOW", 0.0)
+    slow = partial(run, out=str(tmp_path / "slow"))
+    monkeypatch.setattr(Counted, "stop", 8)
+    with pytest.raises(KeyboardInterrupt):
+        slow()
+    monkeypatch.undo()
+    monkeypatch.setattr(finished, "SLOW", 0.0)
+    assert 8 <= len(Counted.seen) < before
+    slow(limits={"Counted": scoring.Limit(plain=3)})
+    slow()
+    assert len(Counted.seen) == len(set(Counted.seen)) == before
+    fast_scores, slow_scores = (Results.read(tmp_path / name).scores for name in ("fast", "slow"))
+    pd.testing.assert_frame_equal(slow_scores, fast_scores)
+    slow(pictured=8)
+    assert len(Counted.seen) == len(set(Counted.seen)) == before + 4  # of eight, without evidence
+
+
+def test_what_a_kept_map_took_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finished, "SLOW", 0.0)
+    explainer, image = Gradient(Network("test_resnet")), torch.rand(3, 3, 32, 32)
+    costs = scoring.Cost(), scoring.Cost()
+    first, again = (Maps(tmp_path, explainer)(image, cost) for cost in costs)
+    assert torch.equal(first, again)
+    assert costs[0].images == costs[1].images == 3
+    assert costs[1].seconds == pytest.approx(costs[0].seconds)
+    assert costs[1].megabytes == costs[0].megabytes
+    other = [
+        Maps(tmp_path, explainer, Views(count=2)),
+        Maps(tmp_path, SmoothGrad(explainer.network)),
+    ]
+    assert len({maps.folder for maps in (*other, Maps(tmp_path, explainer))}) == 3
+    assert Maps(tmp_path, Gradient(Network("test_resnet"))).folder not in (other[0].folder, None)
 
 
 def test_a_finished_row_is_found_by_all_that_it_follows_from(tmp_path: Path) -> None:
@@ -327,10 +388,11 @@ def test_a_limit_scores_the_same_few_images_whatever_their_order(
 ) -> None:
     chosen_on, choose = {}, scoring.choose
 
-    def counting(explainer: Explainer, batches: Any, views: Any, candidates: Any) -> scoring.Choice:
+    def counting(explained: Any, batches: Any, candidates: Any) -> scoring.Choice:
         batches = list(batches)
-        chosen_on[type(explainer), bool(views)] = sum(len(batch["id"]) for batch in batches)
-        return choose(explainer, batches, views, candidates)
+        key = type(explained.explainer), bool(explained.views)
+        chosen_on[key] = sum(len(batch["id"]) for batch in batches)
+        return choose(explained, batches, candidates)
 
     monkeypatch.setattr(scoring, "choose", counting)
     limits = {"Gradient": scoring.Limit(views=3, validation=4)}

@@ -34,6 +34,7 @@ from explainers.views import Views, smooth
 
 Batch = Mapping[str, Any]
 Generator = Callable[[Tensor], tuple[Tensor, Tensor]]
+Explained = Callable[[Tensor, "Cost"], Tensor]  # maps of images, what they took added to the cost
 Rows = list[dict[str, object]]
 T = TypeVar("T")
 TENSORS = ("image", "mask", "label", "features", "importance")  # of a batch
@@ -113,6 +114,12 @@ class Cost:
     megabytes: float = 0.0
     largest: int = 0
 
+    def add(self, seconds: float, megabytes: float) -> None:
+        """One image more, explained before."""
+        self.images += 1
+        self.seconds += seconds
+        self.megabytes = float(np.maximum(self.megabytes, megabytes))  # NaN stays NaN
+
     def per_image(self) -> dict[str, float]:
         """Seconds per image and peak megabytes, over all processes: their sum and their largest."""
         costs = gathered([(self.images, self.seconds, self.megabytes)])
@@ -157,17 +164,13 @@ class Choice(NamedTuple):
 
 
 def choose(
-    explainer: Explainer,
-    batches: Iterable[dict[str, Any]],
-    views: Views | None,
-    candidates: Sequence[float],
+    explained: Explained, batches: Iterable[dict[str, Any]], candidates: Sequence[float]
 ) -> Choice:
     """Sigma with the highest mean average precision, and the percentiles; the smaller of equals.
 
     Args:
-        explainer: Whose maps are smoothed.
+        explained: The maps that are smoothed.
         batches: Annotated validation images, never those of the test split.
-        views: Of the maps.
         candidates: Sigmas to choose from, shares of the image side; one needs no validation.
 
     Raises:
@@ -178,8 +181,9 @@ def choose(
     if len(candidates) == 1:
         return Choice(candidates[0], {})
     total = torch.zeros(len(candidates), 1 + len(PERCENTILES), dtype=torch.float64)
+    cost = Cost()
     for batch in batches:
-        raw = explainer.explain(batch["image"], views=views)
+        raw = explained(batch["image"], cost)
         for k, sigma in enumerate(candidates):
             ranked = rank(smooth(raw, sigma), batch["mask"])
             ious = curve_at(ranked, PERCENTILES).iou
@@ -213,58 +217,59 @@ def named(row: str) -> Iterator[None]:
 
 def score_entry(
     entry: Entry,
+    form: Literal["plain", "views"],
+    explained: Explained,
     validation: Iterable[dict[str, Any]],
     scored: Iterable[dict[str, Any]],
-    views: Views | None,
     candidates: Sequence[float],
 ) -> tuple[Rows, dict[str, object]]:
     """Scores per image of one entry, and its chosen smoothing and costs.
 
     Args:
         entry: The explainer.
+        form: Of the maps.
+        explained: The maps.
         validation: Annotated images on which the smoothing is chosen.
         scored: Annotated images that are scored.
-        views: Of the maps.
         candidates: Sigmas to choose from; see `choose`.
     """
+    row = {"method": entry.name, "views": form}
     with named(entry.name):
-        sigma, percentiles = choose(entry.explainer, validation, views, candidates)
+        sigma, percentiles = choose(explained, validation, candidates)
         sigmas = {"raw": 0.0} | ({"smoothed": sigma} if any(candidates) else {})
-        rows, cost = score_maps(entry, scored, views, sigmas, percentiles)
-    row = {"method": entry.name, "views": "views" if views else "plain", "control": entry.control}
+        rows, cost = score_maps(row, explained, scored, sigmas, percentiles)
     chosen = {f"percentile_{name}": percentiles.get(name, float("nan")) for name in FORMS}
-    return rows, {**row, "sigma": sigma, **chosen, **cost.per_image()}
+    told = {**row, "control": entry.control, "sigma": sigma}
+    return rows, {**told, **chosen, **cost.per_image()}
 
 
 def score_maps(
-    entry: Entry,
+    row: Mapping[str, object],
+    explained: Explained,
     batches: Iterable[dict[str, Any]],
-    views: Views | None,
     sigmas: Mapping[str, float],
     percentiles: Mapping[str, float],
 ) -> tuple[Rows, Cost]:
     """Localisation scores of every image, for each named sigma, and what the maps cost.
 
     Args:
-        entry: The explainer.
+        row: What every line has in common.
+        explained: The maps.
         batches: Annotated images.
-        views: Of the maps.
         sigmas: Smoothing by the name it has in the table, one of `FORMS`.
         percentiles: At which the IoU is "iou_chosen", by that name.
     """
     rows: Rows = []
     cost = Cost()
     for batch in batches:
-        with measured(cost, batch["image"]):
-            raw = entry.explainer.explain(batch["image"], views=views)
+        raw = explained(batch["image"], cost)
         for name, sigma in sigmas.items():
             maps = smooth(raw, sigma)
             scores = localisation_scores(maps, batch["mask"])
             if name in percentiles:
                 scores["iou_chosen"] = scores[f"iou_{percentiles[name]:g}"]
             scores |= operating_points(maps, batch["mask"])
-            row = {"method": entry.name, "views": "views" if views else "plain", "smoothing": name}
-            rows += long_form(batch["id"], scores, row)
+            rows += long_form(batch["id"], scores, {**row, "smoothing": name})
     return gathered(rows), cost
 
 
