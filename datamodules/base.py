@@ -202,14 +202,32 @@ class TrainingOrder(DistributedSampler[Item | list[Item]]):
 
     Attributes:
         start: How many to leave out, once, because a training that stopped has seen them.
+        parts: Indices that make up equal shares of an epoch, each taken in turn; all by default.
     """
 
     start = 0
+    parts: Sequence[Sequence[int]] = ()
 
     def __iter__(self) -> Iterator[Item | list[Item]]:
         """Yield the indices of this process."""
         start, self.start = self.start, 0
-        return islice(super().__iter__(), start, None)
+        places: Any = super().__iter__()
+        return islice(map(self.image, places), start, None)  # type: ignore[arg-type]
+
+    def image(self, place: int) -> int:
+        """Index of the image at a place of this epoch."""
+        images = len(cast("Images", self.dataset))
+        parts = self.parts or [range(images)]
+        part = parts[place % len(parts)]
+        taken = self.epoch * (images // len(parts)) + place // len(parts)
+        return part[taken % len(part)]
+
+
+def halves(labels: Sequence[int]) -> list[list[int]]:
+    """Indices of the abnormal images (not of class 0), where they are fewer, and of the normal."""
+    abnormal = [k for k, label in enumerate(labels) if label]
+    normal = [k for k, label in enumerate(labels) if not label]
+    return [abnormal, normal] if 0 < len(abnormal) < len(normal) else []
 
 
 class TrainingLoader(DataLoader[Item | list[Item]]):
@@ -424,6 +442,8 @@ class ImageDataModule(LightningDataModule, ABC):
             carry evidence, which a mask may outline.
         feature_names: Kinds of evidence that have masks of their own; none by default.
         splits: Records of each split, from ``setup`` on.
+        half_abnormal: Whether at least half of a training epoch, whose length stays, are images of
+            other labels than 0; learned explainers turn it on (arXiv:2012.07332 balances epochs).
         skipped: Why images were left out, by id; see ``Loading.on_bad_image``.
 
     Raises:
@@ -450,6 +470,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.augment = augmentation.build() if augmentation else None
         self.seed, self.fold, self.folds = seed, fold, folds
         self.splits: dict[Split, list[Record]] = {}
+        self.half_abnormal = False
         self.skipped: dict[str, str] = {}
         self.kept: dict[str, Sample] | None = {} if self.loading.in_memory else None
 
@@ -537,6 +558,8 @@ class ImageDataModule(LightningDataModule, ABC):
         """
         dataset, (count, rank) = self.dataset("train"), processes()
         sampler = TrainingOrder(dataset, num_replicas=count, rank=rank, seed=self.seed)
+        if self.half_abnormal:
+            sampler.parts = halves([record.label for record in self.splits["train"]])
         drop_last = len(sampler) > self.loading.batch_size
         # its own generator: a start draws, and there is one more after a stop
         generator = torch.Generator().manual_seed(self.seed)

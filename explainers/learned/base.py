@@ -120,10 +120,12 @@ class LearnedExplainer(LightningModule, Explainer):
         return self
 
     def setup(self, stage: str) -> None:
-        """Compare the classifier and the generators with the data."""
+        """Compare the classifier and the generators with the data, and ask it for rare evidence."""
         data = getattr(self.trainer, "datamodule", None)
         names = getattr(data, "class_names", self.network.class_names)
         check_classes(self.network.class_names, names)
+        if data is not None:
+            data.half_abnormal = True  # or what changes the many decisions is all that is learnt
         channels = getattr(getattr(data, "loading", None), "channels", self.geometry.channels)
         if channels != self.geometry.channels:
             raise ValueError(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -27,6 +28,7 @@ from datamodules.base import (
     Loading,
     Record,
     Sample,
+    TrainingOrder,
     collate,
     data_root,
     pack,
@@ -226,6 +228,37 @@ def test_training_order_follows_seed_and_epoch() -> None:
     assert sorted(first) == sorted(order(2, 0))
     assert first not in (order(1, 1), order(2, 0))
     assert first != sorted(first, key=int)
+
+
+def test_few_abnormal_images_are_half_of_an_epoch_where_asked_for() -> None:
+    """Of 36 training images 9 are abnormal: each comes twice an epoch, the 27 others in turn."""
+    data = Drawn([replace(r, label=int(k % 4 == 0)) for k, r in enumerate(rows(60, split=True))])
+    plain, half = data.train_dataloader(), []
+    data.half_abnormal = True
+    loader: Any = data.train_dataloader()
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        half.append(Counter(ids(loader)))
+    assert len(set(ids(plain))) == 36
+    abnormal = {record.id for record in data.splits["train"] if record.label}
+    assert len(abnormal) == 9
+    for seen in half:
+        assert sum(seen.values()) == 36
+        assert {name: n for name, n in seen.items() if n > 1} == dict.fromkeys(abnormal, 2)
+    assert len(set().union(*half)) == 36
+    parts = [TrainingOrder(loader.dataset, 2, rank, seed=0) for rank in (0, 1)]
+    for part in parts:
+        part.parts = loader.sampler.parts
+        part.set_epoch(1)
+    both = [loader.dataset.records[k].id for part in parts for k in part]
+    assert Counter(both) == half[1]
+
+
+def test_enough_abnormal_images_change_no_order() -> None:
+    data = Drawn([replace(r, label=int(k % 2 == 0)) for k, r in enumerate(rows(60, split=True))])
+    before = ids(data.train_dataloader())
+    data.half_abnormal = True
+    assert ids(data.train_dataloader()) == before
 
 
 @pytest.mark.parametrize(("images", "expected"), [(10, [4]), (5, [3]), (15, [4, 4])])

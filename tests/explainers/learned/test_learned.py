@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
+from classifiers import Classifier
 from classifiers.network import Network, decide, load_network
 from classifiers.optimisation import Optimisation
+from datamodules import Phantom
+from datamodules.base import Loading, Record
 from explainers.learned import (
     Adversarial,
     CyCE,
@@ -322,6 +325,43 @@ def test_the_data_must_fit_the_classifier_and_the_geometry() -> None:
     data.class_names, data.loading.channels = ["0", "1"], 3
     with pytest.raises(ValueError, match=r"3 channels, but geometry\.channels is 1"):
         explainer.setup("fit")
+
+
+class Rare(Phantom):
+    """A phantom with a fifth of the opacities."""
+
+    def records(self) -> list[Record]:
+        every = super().records()
+        return [record for k, record in enumerate(every) if not record.label or k % 5 == 1]
+
+
+class Labels(Callback):
+    """Labels of the images of training."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_start(self, trainer: object, module: object, batch: Any, _: int) -> None:
+        self.seen += batch["label"].tolist()
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_rare_evidence_is_half_of_what_an_explainer_learns_from_alone(
+    learned: bool, tmp_path: Path
+) -> None:
+    data = Rare(train=40, val=10, test=10, loading=Loading(size=32, batch_size=4))
+    classifier = Network("test_resnet", class_names=list(data.class_names))
+    module = (
+        Single(classifier, geometry=SMALL, optimisation=QUICK)
+        if learned
+        else Classifier(classifier, QUICK)
+    )
+    labels = Labels()
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "max_epochs": 1}
+    options |= {"enable_checkpointing": False, "limit_val_batches": 0, "callbacks": [labels]}
+    Trainer(**options, default_root_dir=tmp_path, enable_progress_bar=False).fit(module, data)
+    assert len(labels.seen) == 24
+    assert sum(labels.seen) == (12 if learned else 4)
 
 
 # explaining
