@@ -23,6 +23,7 @@ from bs4 import BeautifulSoup
 from offline import wandb_records
 from PIL import Image
 from torch import Tensor
+from torch.testing import assert_close
 
 import evaluate
 from classifiers import Network, load_network
@@ -341,6 +342,10 @@ def test_what_a_kept_map_took_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
     assert costs[0].images == costs[1].images == 3
     assert costs[1].seconds == pytest.approx(costs[0].seconds)
     assert costs[1].megabytes == costs[0].megabytes
+    damaged = next(tmp_path.glob("*/*.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="cannot be read .* computed anew"):
+        assert_close(Maps(tmp_path, explainer)(image, scoring.Cost()), first)
     other = [
         Maps(tmp_path, explainer, Views(count=2)),
         Maps(tmp_path, SmoothGrad(explainer.network)),

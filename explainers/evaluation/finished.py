@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +16,7 @@ from explainers.base import Explainer
 from explainers.content import content_hash, source_of
 from explainers.evaluation.compare import Cost, measured
 from explainers.views import Views
-from explainers.whole import write_whole
+from explainers.whole import whole, write_whole
 
 SCORING = "explainers.evaluation.compare"
 SLOW = 1.0  # seconds: maps that took longer are kept
@@ -71,31 +70,40 @@ class Maps:
 
     def __call__(self, image: Float[Tensor, "b c h w"], cost: Cost) -> Float[Tensor, "b h w"]:
         """Maps of images; what each took when it was computed is added to the cost."""
-        files = [self.file(one) for one in image]
-        new = [k for k, file in enumerate(files) if not (file and file.exists())]
+        there = self.folder is not None and self.folder.exists()
         maps: dict[int, Tensor] = {}
-        if new:
+        for k, one in enumerate(image if there else []):
+            if kept := read(self.file(one)):
+                maps[k] = kept["map"].to(image.device)
+                cost.add(kept["seconds"], kept["megabytes"])
+        if new := [k for k in range(len(image)) if k not in maps]:
             before = cost.seconds
             with measured(cost, image[new]):
                 drawn = self.explainer.explain(image[new], views=self.views)
             seconds = (cost.seconds - before) / len(new)
-            maps = dict(zip(new, drawn, strict=True))
-            for k, one in maps.items():
-                if (file := files[k]) and seconds > SLOW:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    content, values = BytesIO(), one.cpu().numpy()
-                    np.savez(content, map=values, seconds=seconds, megabytes=cost.megabytes)
-                    write_whole(file, content.getvalue())
-        for k, file in enumerate(files):
-            if file and k not in maps:
-                with np.load(file) as kept:
-                    maps[k] = torch.from_numpy(kept["map"]).to(image.device)
-                    cost.add(float(kept["seconds"]), float(kept["megabytes"]))
+            maps |= dict(zip(new, drawn, strict=True))
+            if self.folder and seconds > SLOW:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                took = {"seconds": seconds, "megabytes": cost.megabytes}
+                for k in new:
+                    with whole(self.file(image[k])) as file:
+                        torch.save({"map": maps[k].clone(), **took}, file)
         return torch.stack([maps[k] for k in range(len(image))])
 
-    def file(self, image: Float[Tensor, "c h w"]) -> Path | None:
+    def file(self, image: Float[Tensor, "c h w"]) -> Path:
         """File of an image's map."""
-        if not self.folder:
-            return None
+        assert self.folder
         content = image.contiguous().cpu().numpy().tobytes()
-        return self.folder / f"{sha256(content).hexdigest()[:20]}.npz"
+        return self.folder / f"{sha256(content).hexdigest()[:20]}.pt"
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """What a file of a map holds, or None where there is none, or a damaged one."""
+    try:
+        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever a damaged file raises
+        warnings.warn(f"{file} cannot be read ({error}); its map is computed anew.", stacklevel=2)
+        return None
+    return found
