@@ -442,8 +442,6 @@ class ImageDataModule(LightningDataModule, ABC):
             carry evidence, which a mask may outline.
         feature_names: Kinds of evidence that have masks of their own; none by default.
         splits: Records of each split, from ``setup`` on.
-        half_abnormal: Whether at least half of a training epoch, whose length stays, are images of
-            other labels than 0; learned explainers turn it on (arXiv:2012.07332 balances epochs).
         skipped: Why images were left out, by id; see ``Loading.on_bad_image``.
 
     Raises:
@@ -470,7 +468,6 @@ class ImageDataModule(LightningDataModule, ABC):
         self.augment = augmentation.build() if augmentation else None
         self.seed, self.fold, self.folds = seed, fold, folds
         self.splits: dict[Split, list[Record]] = {}
-        self.half_abnormal = False
         self.skipped: dict[str, str] = {}
         self.kept: dict[str, Sample] | None = {} if self.loading.in_memory else None
 
@@ -554,11 +551,14 @@ class ImageDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Item | list[Item]]:
         """Training images in an order drawn from the seed and the epoch, shared by all processes.
 
+        Half of an epoch, whose length stays, or more are images of other labels than 0 where the
+        module that is trained has a true ``half_abnormal``, as learned explainers have.
+
         The last, smaller batch is left out: batch norm fails on a single image.
         """
         dataset, (count, rank) = self.dataset("train"), processes()
         sampler = TrainingOrder(dataset, num_replicas=count, rank=rank, seed=self.seed)
-        if self.half_abnormal:
+        if getattr(getattr(self.trainer, "lightning_module", None), "half_abnormal", False):
             sampler.parts = halves([record.label for record in self.splits["train"]])
         drop_last = len(sampler) > self.loading.batch_size
         # its own generator: a start draws, and there is one more after a stop

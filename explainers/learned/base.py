@@ -66,6 +66,8 @@ class LearnedExplainer(LightningModule, Explainer):
         ValueError: If the data does not fit the network or the geometry.
     """
 
+    half_abnormal = True  # of an epoch, at least: many normal images would rule (benchmarks/LOG.md)
+
     def __init__(
         self,
         network: Network | str,
@@ -120,12 +122,10 @@ class LearnedExplainer(LightningModule, Explainer):
         return self
 
     def setup(self, stage: str) -> None:
-        """Compare the classifier and the generators with the data, and ask it for rare evidence."""
+        """Compare the classifier and the generators with the data."""
         data = getattr(self.trainer, "datamodule", None)
         names = getattr(data, "class_names", self.network.class_names)
         check_classes(self.network.class_names, names)
-        if data is not None:
-            data.half_abnormal = True  # or what changes the many decisions is all that is learnt
         channels = getattr(getattr(data, "loading", None), "channels", self.geometry.channels)
         if channels != self.geometry.channels:
             raise ValueError(

@@ -234,7 +234,7 @@ def test_few_abnormal_images_are_half_of_an_epoch_where_asked_for() -> None:
     """Of 36 training images 9 are abnormal: each comes twice an epoch, the 27 others in turn."""
     data = Drawn([replace(r, label=int(k % 4 == 0)) for k, r in enumerate(rows(60, split=True))])
     plain, half = data.train_dataloader(), []
-    data.half_abnormal = True
+    data.trainer = Mock(lightning_module=Mock(half_abnormal=True))
     loader: Any = data.train_dataloader()
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
@@ -257,7 +257,7 @@ def test_few_abnormal_images_are_half_of_an_epoch_where_asked_for() -> None:
 def test_enough_abnormal_images_change_no_order() -> None:
     data = Drawn([replace(r, label=int(k % 2 == 0)) for k, r in enumerate(rows(60, split=True))])
     before = ids(data.train_dataloader())
-    data.half_abnormal = True
+    data.trainer = Mock(lightning_module=Mock(half_abnormal=True))
     assert ids(data.train_dataloader()) == before
 
 
