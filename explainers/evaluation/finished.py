@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,7 @@ class Maps:
     def file(self, image: Float[Tensor, "c h w"]) -> Path:
         """File of an image's map."""
         assert self.folder
-        content = image.contiguous().cpu().numpy().tobytes()
-        return self.folder / f"{sha256(content).hexdigest()[:20]}.pt"
+        return self.folder / f"{content_hash(image)}.pt"
 
 
 def read(file: Path) -> dict[str, Any] | None:
