@@ -188,6 +188,25 @@ def test_identical_images_do_not_make_the_psnr_infinite(tmp_path: Path) -> None:
     assert logged["test/identical/image_adversarial"] == 0
 
 
+def test_a_class_whose_decisions_are_not_flipped_is_told_once_a_training(tmp_path: Path) -> None:
+    module = explainer()
+    module.network.class_names = ["healthy", "lesion"]
+    lesion = joined("image")[module.network.decide(joined("image")) == 1][:1]
+
+    def only_to_one(image: Tensor) -> tuple[Tensor, Tensor]:
+        return image, lesion.expand_as(image) + 0 * next(module.parameters()).sum()
+
+    module.forward = only_to_one  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="flip") as told:
+        trainer(tmp_path, GeneratedImages(), max_epochs=2).fit(module, loader(), loader())
+    texts = [str(one.message) for one in told if "flip" in str(one.message)]
+    assert texts == [
+        "The adversarial images flip 0.0% of the decisions for 'lesion' (val): they show no "
+        "evidence of it, so compare the map with others (evaluate.py compare) before you trust it "
+        "on such images."
+    ]
+
+
 @pytest.mark.parametrize("rows", [2, 6])
 def test_the_panel_shows_the_first_annotated_images(rows: int, tmp_path: Path) -> None:
     module = explainer()
