@@ -16,19 +16,22 @@ SIZE, DPI = (8.0, 5.0), 110
 
 
 def plots(table: pd.DataFrame, costs: pd.DataFrame) -> dict[str, bytes]:
-    """PNG files by name; each method is drawn at its row of the highest average precision.
+    """PNG files by name; a curve is that of a method's row of the highest average precision.
+
+    Rows of fewer images than the method's others (`limits`) are left out of curves.
 
     Args:
         table: Long form: method, views, smoothing, metric, mean, low, high, n.
         costs: Columns method, views, control, seconds (per image).
     """
-    scored = table[table["metric"] == "average_precision"].set_index(ROW).index
-    means = table.pivot_table("mean", ROW, "metric", sort=False).loc[scored]
-    best = means.loc[means.groupby("method", sort=False)["average_precision"].idxmax().tolist()]
+    images = table[table["metric"] == "average_precision"].set_index(ROW)["n"]
+    means = table.pivot_table("mean", ROW, "metric", sort=False).loc[images.index]
+    most = means[images == images.groupby("method").transform("max")]
+    best = most.loc[most.groupby("method", sort=False)["average_precision"].idxmax().tolist()]
     controls = set(costs.loc[costs["control"], "method"])
     drawn = {
         "iou": lines(best, controls, "iou", "percentile of the map", "IoU"),
-        "quality_time": quality_time(means, costs, controls),
+        "quality_time": quality_time(means.assign(n=images), costs, controls),
     }
     if f"precision_{PERCENTILES[0]:g}" in best:  # not in the files of older comparisons
         drawn["precision_recall"] = lines(best, controls, "precision", "recall", "precision")
@@ -63,17 +66,26 @@ def lines(best: pd.DataFrame, controls: set[str], metric: str, across: str, up: 
 
 
 def quality_time(means: pd.DataFrame, costs: pd.DataFrame, controls: set[str]) -> Figure:
-    """Average precision of each method, plain and with views, raw or smoothed, over its seconds."""
+    """Average precision of each method, plain and with views, raw or smoothed, over its seconds.
+
+    Args:
+        means: One line a row, metrics and n, the number of images, across.
+        costs: As in `plots`.
+        controls: Methods that are drawn grey.
+    """
     figure, axes = empty("seconds per image", "average precision")
-    rows = means["average_precision"].groupby(["method", "views"], sort=False).max()
+    rows = means.groupby(["method", "views"], sort=False)[["average_precision", "n"]].max()
     seconds = costs.groupby(["method", "views"])["seconds"].mean()
     for line in pd.concat([rows, seconds], axis=1, join="inner").reset_index().to_dict("records"):
         control, at = line["method"] in controls, (line["seconds"], line["average_precision"])
         marker = "x" if control else ("o" if line["views"] == "plain" else "^")
-        axes.scatter(*at, marker=marker, color="0.6" if control else "tab:blue", s=18)
+        colour = "0.6" if control else "tab:blue"
+        fill = colour if control or line["n"] == rows["n"].max() else "none"
+        axes.scatter(*at, marker=marker, color=colour, facecolor=fill, s=18)
         axes.annotate(f" {line['method']}", at, fontsize=6, color="0.5" if control else "0.1")
     axes.set_xscale("log")
-    axes.set_title("circles: plain, triangles: views, crosses: controls", fontsize=8)
+    kinds = "circles: plain, triangles: views, hollow: on fewer images, crosses: controls"
+    axes.set_title(kinds, fontsize=8)
     return figure
 
 

@@ -5,8 +5,10 @@ from io import BytesIO
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from explainers.evaluation import figures
 from explainers.evaluation.figures import lines, plots, quality_time
 from explainers.evaluation.metrics.localisation import PERCENTILES
 from explainers.evaluation.statistics import ROW
@@ -24,7 +26,7 @@ def long() -> pd.DataFrame:
             rows.append((method, views, "raw", f"recall_{p:g}", 1 / (k + 1)))
     rows.append(("Good", "plain", "raw", "kept", 1.0))
     rows.append(("Classifier", "plain", "raw", "auc", 0.9))
-    return pd.DataFrame(rows, columns=[*ROW, "metric", "mean"])
+    return pd.DataFrame(rows, columns=[*ROW, "metric", "mean"]).assign(n=8)
 
 
 def costs() -> pd.DataFrame:
@@ -45,6 +47,18 @@ def test_a_table_without_operating_points_has_no_such_plot() -> None:
     table = long()
     old = table[~table["metric"].str.match("precision|recall")]
     assert set(plots(old, costs())) == {"iou", "quality_time"}
+
+
+def test_curves_leave_out_rows_of_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[pd.DataFrame] = []
+    monkeypatch.setattr(figures, "lines", lambda best, *rest: drawn.append(best) or Figure())
+    table = long()
+    plots(table, costs())
+    plots(table.assign(n=[2 if views == "views" else 8 for views in table["views"]]), costs())
+    assert [best.index[0] for best in drawn[::2]] == [
+        ("Good", "views", "raw"),
+        ("Good", "plain", "raw"),
+    ]
 
 
 def best() -> pd.DataFrame:
@@ -69,8 +83,8 @@ def test_precision_is_drawn_against_recall() -> None:
 
 def test_quality_stands_over_its_seconds() -> None:
     means = long().pivot_table("mean", ROW, "metric", sort=False)
-    means = means[means["average_precision"].notna()]
+    means = means[means["average_precision"].notna()].assign(n=[8, 2, 8])
     (axes,) = quality_time(means, costs(), {"Random map"}).axes
-    points = {tuple(c.get_offsets()[0]) for c in axes.collections}
-    assert points == {(0.01, 0.5), (0.02, 0.7), (0.03, 0.1)}
+    filled = {tuple(c.get_offsets()[0]): len(c.get_facecolor()) for c in axes.collections}
+    assert filled == {(0.01, 0.5): 1, (0.02, 0.7): 0, (0.03, 0.1): 1}  # hollow: on fewer images
     assert axes.get_xscale() == "log"
