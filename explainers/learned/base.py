@@ -130,7 +130,7 @@ class LearnedExplainer(LightningModule, Explainer):
         if channels != self.geometry.channels:
             raise ValueError(
                 f"the images have {channels} channels, but geometry.channels is "
-                f"{self.geometry.channels}; make them equal."
+                f"{self.geometry.channels}: set model.geometry.channels to {channels}."
             )
 
     def on_train_start(self) -> None:
