@@ -323,7 +323,7 @@ def test_the_data_must_fit_the_classifier_and_the_geometry() -> None:
     with pytest.raises(ValueError, match=r"classes \['0', '1'\], but the data has \['normal'"):
         explainer.setup("fit")
     data.class_names, data.loading.channels = ["0", "1"], 3
-    with pytest.raises(ValueError, match=r"3 channels, but .* is 1: set model\.geometry\.channels to 3"):
+    with pytest.raises(ValueError, match=r"3 channels.* is 1: set model\.geometry\.channels to 3"):
         explainer.setup("fit")
 
 
