@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import warnings
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,12 @@ class Row:
     importance: Path | None
     boxes: tuple[Box, ...]
     annotations: tuple[Mapping[str, Any], ...]
+
+    @property
+    def annotated(self) -> bool:
+        """Whether any evidence is named."""
+        named = self.mask, self.features, self.importance, self.boxes, self.annotations
+        return any(map(bool, named))
 
 
 class ImageTable(ImageDataModule):
@@ -159,6 +166,13 @@ class ImageTable(ImageDataModule):
                 )
         if not rows:
             raise ValueError(f"Table {self.table} lists no image; give it a row for each.")
+        annotated = {row.record.label for row in rows.values() if row.annotated}
+        if annotated == {0} and len(self.class_names) > 1:
+            warnings.warn(
+                f"Table {self.table}: only images of {self.class_names[0]!r} have evidence, but "
+                "the first class is taken for the normal one; name the classes in that order.",
+                stacklevel=2,
+            )
         return rows
 
     def divide(self, records: Sequence[Record]) -> dict[Split, list[Record]]:

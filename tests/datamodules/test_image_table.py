@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,15 @@ def test_records_by_hand(tmp_path: Path) -> None:
     assert second.columns == {"label": "well", "group": "p2", "age": ""}
     assert data.read(first).mask is None
     assert_close(data.read(first).image, torch.ones(1, 8, 8))
+
+
+def test_evidence_of_the_first_class_alone_is_told(tmp_path: Path) -> None:
+    table = write(tmp_path, "image,label,boxes", 'a.png,bad,"[[0, 0, 8, 8]]"', "b.png,fine,")
+    with pytest.warns(UserWarning, match="only images of 'bad' have evidence, but the first class"):
+        ImageTable(table, loading=SMALL).records()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImageTable(table, classes=["fine", "bad"], loading=SMALL).records()
 
 
 def test_id_and_group_columns_and_sorted_classes(tmp_path: Path) -> None:
