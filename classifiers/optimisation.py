@@ -26,6 +26,8 @@ class Optimisation:
         divisor: Of "plateau".
         patience: Of "plateau", epochs, 1 or more.
         monitor: Logged value that "plateau" watches, lower is better.
+        epoch_images: A training set that is smaller is gone through in an epoch as often as it
+            fits into so many images, so that few images do not mean few steps.
 
     Raises:
         ValueError: If ``patience`` is below 1.
@@ -37,6 +39,7 @@ class Optimisation:
     divisor: float = 3.0
     patience: int = 3
     monitor: str = "val/loss"
+    epoch_images: int = 0
 
     def __post_init__(self) -> None:
         """Check the values that torch would take silently."""

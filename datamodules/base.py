@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
@@ -203,24 +203,34 @@ class TrainingOrder(DistributedSampler[Item | list[Item]]):
     Attributes:
         start: How many to leave out, once, because a training that stopped has seen them.
         parts: Indices that make up equal shares of an epoch, each taken in turn; all by default.
+        turns: How often an epoch goes through the images, each time in another order.
     """
 
     start = 0
     parts: Sequence[Sequence[int]] = ()
+    turns = 1
 
     def __iter__(self) -> Iterator[Item | list[Item]]:
         """Yield the indices of this process."""
         start, self.start = self.start, 0
-        places: Any = super().__iter__()
-        return islice(map(self.image, places), start, None)  # type: ignore[arg-type]
+        first = self.epoch * self.turns
+        turns = chain.from_iterable(self.turn(first + k) for k in range(self.turns))
+        return islice(turns, start, None)  # type: ignore[arg-type]
 
-    def image(self, place: int) -> int:
-        """Index of the image at a place of this epoch."""
+    def __len__(self) -> int:
+        """Images of an epoch of this process."""
+        return super().__len__() * self.turns
+
+    def turn(self, number: int) -> list[int]:
+        """Indices of this process when the images are gone through for the ``number``-th time."""
+        epoch, self.epoch = self.epoch, number
+        places: Any = super().__iter__()
+        self.epoch = epoch
         images = len(cast("Images", self.dataset))
         parts = self.parts or [range(images)]
-        part = parts[place % len(parts)]
-        taken = self.epoch * (images // len(parts)) + place // len(parts)
-        return part[taken % len(part)]
+        taken = number * (images // len(parts))
+        chosen = [(parts[place % len(parts)], taken + place // len(parts)) for place in places]
+        return [part[k % len(part)] for part, k in chosen]
 
 
 def halves(labels: Sequence[int]) -> list[list[int]]:
@@ -552,14 +562,18 @@ class ImageDataModule(LightningDataModule, ABC):
         """Training images in an order drawn from the seed and the epoch, shared by all processes.
 
         Half of an epoch, whose length stays, or more are images of other labels than 0 where the
-        module that is trained has a true ``half_abnormal``, as learned explainers have.
+        module that is trained has a true ``half_abnormal``, as learned explainers have. Its
+        ``optimisation.epoch_images`` tells how often the images are gone through in an epoch.
 
         The last, smaller batch is left out: batch norm fails on a single image.
         """
         dataset, (count, rank) = self.dataset("train"), processes()
         sampler = TrainingOrder(dataset, num_replicas=count, rank=rank, seed=self.seed)
-        if getattr(getattr(self.trainer, "lightning_module", None), "half_abnormal", False):
+        module = getattr(self.trainer, "lightning_module", None)
+        if getattr(module, "half_abnormal", False):
             sampler.parts = halves([record.label for record in self.splits["train"]])
+        least = getattr(getattr(module, "optimisation", None), "epoch_images", 0)
+        sampler.turns = max(least // len(dataset), 1)
         drop_last = len(sampler) > self.loading.batch_size
         # its own generator: a start draws, and there is one more after a stop
         generator = torch.Generator().manual_seed(self.seed)

@@ -234,7 +234,7 @@ def test_few_abnormal_images_are_half_of_an_epoch_where_asked_for() -> None:
     """Of 36 training images 9 are abnormal: each comes twice an epoch, the 27 others in turn."""
     data = Drawn([replace(r, label=int(k % 4 == 0)) for k, r in enumerate(rows(60, split=True))])
     plain, half = data.train_dataloader(), []
-    data.trainer = Mock(lightning_module=Mock(half_abnormal=True))
+    data.trainer = Mock(lightning_module=Mock(half_abnormal=True, optimisation=None))
     loader: Any = data.train_dataloader()
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
@@ -254,10 +254,28 @@ def test_few_abnormal_images_are_half_of_an_epoch_where_asked_for() -> None:
     assert Counter(both) == half[1]
 
 
+@pytest.mark.parametrize(("least", "turns"), [(0, 1), (71, 1), (72, 2), (120, 3)])
+def test_few_images_are_gone_through_several_times_an_epoch(least: int, turns: int) -> None:
+    data = Drawn(rows(60, split=True), Loading(size=8, batch_size=6))  # 36 of training
+    plain = data.train_dataloader()
+    data.trainer = Mock(lightning_module=Mock(optimisation=Mock(epoch_images=least)))
+    data.trainer.lightning_module.half_abnormal = False
+    loader: Any = data.train_dataloader()
+    assert len(loader) == 6 * turns
+    loader.sampler.set_epoch(1)
+    seen, every = ids(loader), sorted(record.id for record in data.splits["train"])
+    for turn in range(turns):
+        plain.sampler.set_epoch(turns + turn)  # type: ignore[attr-defined]
+        assert seen[36 * turn : 36 * (turn + 1)] == ids(plain)
+        assert sorted(ids(plain)) == every
+    loader.load_state_dict({"given": 5})
+    assert ids(loader) == seen[30:]
+
+
 def test_enough_abnormal_images_change_no_order() -> None:
     data = Drawn([replace(r, label=int(k % 2 == 0)) for k, r in enumerate(rows(60, split=True))])
     before = ids(data.train_dataloader())
-    data.trainer = Mock(lightning_module=Mock(half_abnormal=True))
+    data.trainer = Mock(lightning_module=Mock(half_abnormal=True, optimisation=None))
     assert ids(data.train_dataloader()) == before
 
 
