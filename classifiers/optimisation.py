@@ -30,7 +30,7 @@ class Optimisation:
             fits into so many images, so that few images do not mean few steps.
 
     Raises:
-        ValueError: If ``patience`` is below 1.
+        ValueError: If ``patience`` is below 1 or ``epoch_images`` below 0.
     """
 
     learning_rate: float = 1e-4
@@ -45,6 +45,8 @@ class Optimisation:
         """Check the values that torch would take silently."""
         if self.patience < 1:
             raise ValueError(f"patience must be 1 epoch or more, but got {self.patience}.")
+        if self.epoch_images < 0:
+            raise ValueError(f"epoch_images must be 0 or more, but got {self.epoch_images}.")
 
     def configure(
         self, parameters: Iterable[Parameter], trainer: Trainer

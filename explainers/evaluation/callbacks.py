@@ -147,8 +147,8 @@ class WeakLocalisation(StageCallback):
 class GeneratedImages(StageCallback):
     """Decisions kept and flipped, and SSIM and PSNR of the three pairs of images.
 
-    Tells at the end of a training, and whenever it was only asked to evaluate, for which class the
-    adversarial images flip less than one decision in a hundred: they show no evidence of it.
+    Tells at the end of a training for which class the adversarial images flip less than one
+    decision in a hundred: they show no evidence of it.
     """
 
     RARELY = 0.01  # 0.00 where a map was random, 0.11 where it was not (benchmarks/LOG.md)
@@ -181,17 +181,19 @@ class GeneratedImages(StageCallback):
         for (first, second), metric in self.pairs.items():
             for name, value in metric.compute().items():
                 scores[f"{name}/{first}_{second}"] = value
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if not fitting or trainer.current_epoch + 1 == trainer.max_epochs:
-            assert isinstance(module.network, Network)
-            for k, name in enumerate(module.network.class_names):
-                if (share := float(scores[f"decisions/flipped_class{k}"])) < self.RARELY:
-                    rank_zero_warn(
-                        f"The adversarial images flip {share:.1%} of the decisions for {name!r} "
-                        f"({stage}): they show no evidence of it, so compare the map with "
-                        "others (evaluate.py compare) before you trust it on such images."
-                    )
         return scores
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of each class whose decisions the last validation saw hardly ever flipped."""
+        assert isinstance(pl_module.network, Network)
+        for k, name in enumerate(pl_module.network.class_names):
+            share = trainer.callback_metrics.get(f"val/decisions/flipped_class{k}")
+            if share is not None and share < self.RARELY:
+                rank_zero_warn(
+                    f"The adversarial images flip {share:.1%} of the validation images decided "
+                    f"{name!r}: they show no evidence of it, so compare the map with others "
+                    "(evaluate.py compare) before you trust it on such images."
+                )
 
 
 class Panel(StageCallback):

@@ -76,3 +76,8 @@ def test_weight_decay_is_decoupled_and_frozen_weights_left_out(
 def test_patience_of_no_epoch() -> None:
     with pytest.raises(ValueError, match="patience must be 1 epoch or more, but got 0"):
         Optimisation(patience=0)
+
+
+def test_an_epoch_of_less_than_no_images() -> None:
+    with pytest.raises(ValueError, match="epoch_images must be 0 or more, but got -1"):
+        Optimisation(epoch_images=-1)

@@ -19,6 +19,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, distributed, multiprocessing
 from torch.testing import assert_close
 
+from classifiers import Optimisation
 from datamodules.base import (
     SPLITS,
     Augmentation,
@@ -258,8 +259,8 @@ def test_few_abnormal_images_are_half_of_an_epoch_where_asked_for() -> None:
 def test_few_images_are_gone_through_several_times_an_epoch(least: int, turns: int) -> None:
     data = Drawn(rows(60, split=True), Loading(size=8, batch_size=6))  # 36 of training
     plain = data.train_dataloader()
-    data.trainer = Mock(lightning_module=Mock(optimisation=Mock(epoch_images=least)))
-    data.trainer.lightning_module.half_abnormal = False
+    asked = Mock(half_abnormal=False, optimisation=Optimisation(epoch_images=least))
+    data.trainer = Mock(lightning_module=asked)
     loader: Any = data.train_dataloader()
     assert len(loader) == 6 * turns
     loader.sampler.set_epoch(1)

@@ -201,9 +201,9 @@ def test_a_class_whose_decisions_are_not_flipped_is_told_once_a_training(tmp_pat
         trainer(tmp_path, GeneratedImages(), max_epochs=2).fit(module, loader(), loader())
     texts = [str(one.message) for one in told if "flip" in str(one.message)]
     assert texts == [
-        "The adversarial images flip 0.0% of the decisions for 'lesion' (val): they show no "
-        "evidence of it, so compare the map with others (evaluate.py compare) before you trust it "
-        "on such images."
+        "The adversarial images flip 0.0% of the validation images decided 'lesion': they show "
+        "no evidence of it, so compare the map with others (evaluate.py compare) before you trust "
+        "it on such images."
     ]
 
 
