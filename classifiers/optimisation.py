@@ -28,9 +28,12 @@ class Optimisation:
         monitor: Logged value that "plateau" watches, lower is better.
         epoch_images: A training set that is smaller is gone through in an epoch as often as it
             fits into so many images, so that few images do not mean few steps.
+        abnormal_per_normal: Images of other classes than the first for each of the first, in an
+            epoch of unchanged length, at least; 0 takes the images as they are. None is 0 for
+            classifiers, ``LearnedExplainer.abnormal_per_normal`` for explainers.
 
     Raises:
-        ValueError: If ``patience`` is below 1 or ``epoch_images`` below 0.
+        ValueError: If ``patience`` is below 1, or one of the last two below 0.
     """
 
     learning_rate: float = 1e-4
@@ -40,13 +43,16 @@ class Optimisation:
     patience: int = 3
     monitor: str = "val/loss"
     epoch_images: int = 0
+    abnormal_per_normal: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values that torch would take silently."""
         if self.patience < 1:
             raise ValueError(f"patience must be 1 epoch or more, but got {self.patience}.")
-        if self.epoch_images < 0:
-            raise ValueError(f"epoch_images must be 0 or more, but got {self.epoch_images}.")
+        for name in ("epoch_images", "abnormal_per_normal"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be 0 or more, but got {value}.")
 
     def configure(
         self, parameters: Iterable[Parameter], trainer: Trainer

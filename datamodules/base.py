@@ -202,13 +202,23 @@ class TrainingOrder(DistributedSampler[Item | list[Item]]):
 
     Attributes:
         start: How many to leave out, once, because a training that stopped has seen them.
-        parts: Indices that make up equal shares of an epoch, each taken in turn; all by default.
+        ratio: Abnormal images for each normal one; 0 takes each image once.
         turns: How often an epoch goes through the images, each time in another order.
     """
 
-    start = 0
-    parts: Sequence[Sequence[int]] = ()
+    start = ratio = 0
     turns = 1
+    abnormal: Sequence[int] = ()
+    normal: Sequence[int] = ()
+
+    def balance(self, labels: Sequence[int], ratio: int) -> None:
+        """Give ``ratio`` abnormal images (not of class 0) for each normal one, or as many as are.
+
+        Both kinds come in turn, however long that takes; an epoch stays as long.
+        """
+        self.abnormal = [k for k, label in enumerate(labels) if label]
+        self.normal = [k for k, label in enumerate(labels) if not label]
+        self.ratio = ratio if 0 < len(self.abnormal) < ratio * len(self.normal) else 0
 
     def __iter__(self) -> Iterator[Item | list[Item]]:
         """Yield the indices of this process."""
@@ -226,18 +236,17 @@ class TrainingOrder(DistributedSampler[Item | list[Item]]):
         epoch, self.epoch = self.epoch, number
         places: Any = super().__iter__()
         self.epoch = epoch
-        images = len(cast("Images", self.dataset))
-        parts = self.parts or [range(images)]
-        taken = number * (images // len(parts))
-        chosen = [(parts[place % len(parts)], taken + place // len(parts)) for place in places]
-        return [part[k % len(part)] for part, k in chosen]
+        if not self.ratio:
+            return list(places)
+        first = number * len(cast("Images", self.dataset))
+        return [self.balanced(first + place) for place in places]
 
-
-def halves(labels: Sequence[int]) -> list[list[int]]:
-    """Indices of the abnormal images (not of class 0), where they are fewer, and of the normal."""
-    abnormal = [k for k, label in enumerate(labels) if label]
-    normal = [k for k, label in enumerate(labels) if not label]
-    return [abnormal, normal] if 0 < len(abnormal) < len(normal) else []
+    def balanced(self, place: int) -> int:
+        """Index at a place in an endless row of ``ratio`` abnormal images and a normal one."""
+        row, k = divmod(place, self.ratio + 1)
+        if k == self.ratio:
+            return self.normal[row % len(self.normal)]
+        return self.abnormal[(row * self.ratio + k) % len(self.abnormal)]
 
 
 class TrainingLoader(DataLoader[Item | list[Item]]):
@@ -561,18 +570,18 @@ class ImageDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Item | list[Item]]:
         """Training images in an order drawn from the seed and the epoch, shared by all processes.
 
-        Half of an epoch, whose length stays, or more are images of other labels than 0 where the
-        module that is trained has a true ``half_abnormal``, as learned explainers have. Its
-        ``optimisation.epoch_images`` tells how often the images are gone through in an epoch.
+        How often each is in an epoch follows ``epoch_images`` and ``abnormal_per_normal`` of the
+        ``optimisation`` of the module that is trained.
 
         The last, smaller batch is left out: batch norm fails on a single image.
         """
         dataset, (count, rank) = self.dataset("train"), processes()
         sampler = TrainingOrder(dataset, num_replicas=count, rank=rank, seed=self.seed)
         module = getattr(self.trainer, "lightning_module", None)
-        if getattr(module, "half_abnormal", False):
-            sampler.parts = halves([record.label for record in self.splits["train"]])
-        least = getattr(getattr(module, "optimisation", None), "epoch_images", 0)
+        optimisation = getattr(module, "optimisation", None)
+        ratio = getattr(optimisation, "abnormal_per_normal", None) or 0
+        sampler.balance([record.label for record in self.splits["train"]], ratio)
+        least = getattr(optimisation, "epoch_images", 0)
         sampler.turns = max(least // len(dataset), 1)
         drop_last = len(sampler) > self.loading.batch_size
         # its own generator: a start draws, and there is one more after a stop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypedDict
 
 import torch
@@ -66,7 +66,7 @@ class LearnedExplainer(LightningModule, Explainer):
         ValueError: If the data does not fit the network or the geometry.
     """
 
-    half_abnormal = True  # of an epoch, at least: many normal images would rule (benchmarks/LOG.md)
+    abnormal_per_normal = 4  # in an epoch: normal images flip blindly and rule (benchmarks/LOG.md)
 
     def __init__(
         self,
@@ -78,7 +78,10 @@ class LearnedExplainer(LightningModule, Explainer):
         self.network = load_network(network) if isinstance(network, str) else network
         self.network.eval().requires_grad_(False)
         self.geometry = geometry or Geometry()
-        self.optimisation = optimisation or Optimisation()
+        given = optimisation or Optimisation()
+        if given.abnormal_per_normal is None:
+            given = replace(given, abnormal_per_normal=self.abnormal_per_normal)
+        self.optimisation = given
 
     @abstractmethod
     def forward(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:

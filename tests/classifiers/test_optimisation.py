@@ -78,6 +78,7 @@ def test_patience_of_no_epoch() -> None:
         Optimisation(patience=0)
 
 
-def test_an_epoch_of_less_than_no_images() -> None:
-    with pytest.raises(ValueError, match="epoch_images must be 0 or more, but got -1"):
-        Optimisation(epoch_images=-1)
+@pytest.mark.parametrize("name", ["epoch_images", "abnormal_per_normal"])
+def test_an_epoch_of_less_than_no_images(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be 0 or more, but got -1"):
+        Optimisation(**{name: -1})

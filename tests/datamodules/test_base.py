@@ -26,6 +26,7 @@ from datamodules.base import (
     Batch,
     EvenBatches,
     ImageDataModule,
+    Images,
     Loading,
     Record,
     Sample,
@@ -231,36 +232,65 @@ def test_training_order_follows_seed_and_epoch() -> None:
     assert first != sorted(first, key=int)
 
 
-def test_few_abnormal_images_are_half_of_an_epoch_where_asked_for() -> None:
-    """Of 36 training images 9 are abnormal: each comes twice an epoch, the 27 others in turn."""
+def asking(**optimisation: int) -> Mock:
+    """A trainer of a module that asks for epochs of this kind."""
+    return Mock(lightning_module=Mock(optimisation=Optimisation(**optimisation)))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "times", "normal"), [(1, {2}, {18}), (3, {3}, {9}), (4, {3, 4}, {7, 8})]
+)
+def test_few_abnormal_images_come_several_times_an_epoch_where_asked_for(
+    ratio: int, times: set[int], normal: set[int]
+) -> None:
+    """Of 36 training images 9 are abnormal: they fill their share, the 27 others come in turn."""
     data = Drawn([replace(r, label=int(k % 4 == 0)) for k, r in enumerate(rows(60, split=True))])
-    plain, half = data.train_dataloader(), []
-    data.trainer = Mock(lightning_module=Mock(half_abnormal=True, optimisation=None))
+    plain, epochs = data.train_dataloader(), []
+    data.trainer = asking(abnormal_per_normal=ratio)
     loader: Any = data.train_dataloader()
-    for epoch in range(3):
+    for epoch in range(5):
         loader.sampler.set_epoch(epoch)
-        half.append(Counter(ids(loader)))
+        epochs.append(Counter(ids(loader)))
     assert len(set(ids(plain))) == 36
     abnormal = {record.id for record in data.splits["train"] if record.label}
     assert len(abnormal) == 9
-    for seen in half:
+    for seen in epochs:
         assert sum(seen.values()) == 36
-        assert {name: n for name, n in seen.items() if n > 1} == dict.fromkeys(abnormal, 2)
-    assert len(set().union(*half)) == 36
+        assert {seen[name] for name in abnormal} == times
+        assert sum(n for name, n in seen.items() if name not in abnormal) in normal
+        assert all(n == 1 for name, n in seen.items() if name not in abnormal)
+    assert len(set().union(*epochs)) == 36
     parts = [TrainingOrder(loader.dataset, 2, rank, seed=0) for rank in (0, 1)]
     for part in parts:
-        part.parts = loader.sampler.parts
+        part.balance([record.label for record in data.splits["train"]], ratio)
         part.set_epoch(1)
     both = [loader.dataset.records[k].id for part in parts for k in part]
-    assert Counter(both) == half[1]
+    assert Counter(both) == epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "ratio", "times"),
+    [
+        ([0] * 8 + [1], 4, [1, 1] + 6 * [0] + [8]),  # of ten places, eight are the abnormal image's
+        ([0] * 9, 4, [1] * 9),
+        ([1] * 9, 4, [1] * 9),
+        ([0, 1, 1], 2, [1] * 3),
+        ([0, 1, 1], 0, [1] * 3),
+    ],
+)
+def test_balanced_order(labels: list[int], ratio: int, times: list[int]) -> None:
+    """It stays as it is where one kind is missing, or enough images are abnormal."""
+    order = TrainingOrder(Images(rows(len(labels)), Mock()), 1, 0, seed=0)
+    order.balance(labels, ratio)
+    seen = list(order) if not order.ratio else [order.balanced(place) for place in range(10)]
+    assert [seen.count(k) for k in range(len(labels))] == times
 
 
 @pytest.mark.parametrize(("least", "turns"), [(0, 1), (71, 1), (72, 2), (120, 3)])
 def test_few_images_are_gone_through_several_times_an_epoch(least: int, turns: int) -> None:
     data = Drawn(rows(60, split=True), Loading(size=8, batch_size=6))  # 36 of training
     plain = data.train_dataloader()
-    asked = Mock(half_abnormal=False, optimisation=Optimisation(epoch_images=least))
-    data.trainer = Mock(lightning_module=asked)
+    data.trainer = asking(epoch_images=least)
     loader: Any = data.train_dataloader()
     assert len(loader) == 6 * turns
     loader.sampler.set_epoch(1)
@@ -276,7 +306,7 @@ def test_few_images_are_gone_through_several_times_an_epoch(least: int, turns: i
 def test_enough_abnormal_images_change_no_order() -> None:
     data = Drawn([replace(r, label=int(k % 2 == 0)) for k, r in enumerate(rows(60, split=True))])
     before = ids(data.train_dataloader())
-    data.trainer = Mock(lightning_module=Mock(half_abnormal=True, optimisation=None))
+    data.trainer = asking(abnormal_per_normal=1)
     assert ids(data.train_dataloader()) == before
 
 

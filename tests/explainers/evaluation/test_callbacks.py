@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,20 +190,29 @@ def test_identical_images_do_not_make_the_psnr_infinite(tmp_path: Path) -> None:
     assert logged["test/identical/image_adversarial"] == 0
 
 
-def test_a_class_whose_decisions_are_not_flipped_is_told_once_a_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "ratio", "times"), [("lesion", 4, 1), ("healthy", 1, 1), ("healthy", 4, 0)]
+)
+def test_a_class_whose_decisions_are_not_flipped_is_told_once_a_training(
+    name: str, ratio: int, times: int, tmp_path: Path
+) -> None:
+    """The normal class is not told where it is given up for the abnormal ones."""
     module = explainer()
+    module.optimisation = replace(module.optimisation, abnormal_per_normal=ratio)
     module.network.class_names = ["healthy", "lesion"]
-    lesion = joined("image")[module.network.decide(joined("image")) == 1][:1]
+    decided = module.network.decide(joined("image")) == module.network.class_names.index(name)
+    only = joined("image")[decided][:1]
 
     def only_to_one(image: Tensor) -> tuple[Tensor, Tensor]:
-        return image, lesion.expand_as(image) + 0 * next(module.parameters()).sum()
+        return image, only.expand_as(image) + 0 * next(module.parameters()).sum()
 
     module.forward = only_to_one  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="flip") as told:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         trainer(tmp_path, GeneratedImages(), max_epochs=2).fit(module, loader(), loader())
     texts = [str(one.message) for one in told if "flip" in str(one.message)]
-    assert texts == [
-        "The adversarial images flip 0.0% of the validation images decided 'lesion': they show "
+    assert texts == times * [
+        f"The adversarial images flip 0.0% of the validation images decided {name!r}: they show "
         "no evidence of it, so compare the map with others (evaluate.py compare) before you trust "
         "it on such images."
     ]

@@ -99,7 +99,9 @@ def test_the_objective_of_cyce_by_hand() -> None:
 
 
 def test_the_papers_weights_are_the_defaults() -> None:
-    assert SyCE(bright(), geometry=SMALL).weights == CycleWeights(10, 2, 0.2, 0.01, 0.005, 0.25, 1)
+    explainer = SyCE(bright(), geometry=SMALL)
+    assert explainer.weights == CycleWeights(10, 2, 0.2, 0.01, 0.005, 0.25, 1)
+    assert explainer.optimisation.abnormal_per_normal == 1
     assert CyCE(bright(), geometry=SMALL).weights == CycleWeights(0, 10, 0.2, 0, 0.005, 0.25, 1)
 
 

@@ -95,6 +95,17 @@ def unchanged(module: nn.Module, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(None, 4), (0, 0), (1, 1)])
+def test_epochs_are_mostly_abnormal_where_nothing_else_is_asked_for(
+    asked: int | None, expected: int
+) -> None:
+    optimisation = Optimisation(abnormal_per_normal=asked)
+    explainer = Single(network(), geometry=SMALL, optimisation=optimisation)
+    assert explainer.optimisation.abnormal_per_normal == expected
+    assert explainer.arguments()["optimisation"]["abnormal_per_normal"] == expected
+    assert optimisation.abnormal_per_normal == asked  # a classifier's is left alone
+
+
 # generators and heads
 
 
@@ -346,7 +357,7 @@ class Labels(Callback):
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_rare_evidence_is_half_of_what_an_explainer_learns_from_alone(
+def test_rare_evidence_is_most_of_what_an_explainer_learns_from_alone(
     learned: bool, tmp_path: Path
 ) -> None:
     data = Rare(train=40, val=10, test=10, loading=Loading(size=32, batch_size=4))
@@ -361,7 +372,7 @@ def test_rare_evidence_is_half_of_what_an_explainer_learns_from_alone(
     options |= {"enable_checkpointing": False, "limit_val_batches": 0, "callbacks": [labels]}
     Trainer(**options, default_root_dir=tmp_path, enable_progress_bar=False).fit(module, data)
     assert len(labels.seen) == 24
-    assert sum(labels.seen) == (12 if learned else 4)
+    assert sum(labels.seen) == (20 if learned else 4)
 
 
 # explaining
