@@ -170,6 +170,8 @@ def test_every_row_of_table_1_in_both_readings() -> None:
             preset = yaml.safe_load((CONFIGS / folder / f"{row}.yaml").read_text())
             weights = preset["model"]["init_args"]["weights"]
             assert [weights[key] for key in order + rest] == list(values)
+            optimisation = preset["model"]["init_args"]["optimisation"]
+            assert optimisation["abnormal_per_normal"] == 1  # "epochs balanced"
             if "single" in row:
                 assert preset["model"]["init_args"]["convolutions"] == int(row[6])
 
