@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from itertools import cycle
 
 import pandas as pd
 from matplotlib import colormaps
@@ -49,7 +50,7 @@ def lines(best: pd.DataFrame, controls: set[str], metric: str, across: str, up: 
         up: Label.
     """
     figure, axes = empty(across, up)
-    colours = iter(colormaps["tab20"].colors * 2)  # type: ignore[attr-defined]
+    colours = cycle(colormaps["tab20"].colors)  # type: ignore[attr-defined]
     names = [f"{p:g}" for p in PERCENTILES]
     for line in best.reset_index().to_dict("records"):
         control = line["method"] in controls
@@ -61,7 +62,7 @@ def lines(best: pd.DataFrame, controls: set[str], metric: str, across: str, up: 
             color="0.6" if control else next(colours),
             label=f"{line['method']} ({line['views']}, {line['smoothing']})",
         )
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    legend(figure, axes)
     return figure
 
 
@@ -99,12 +100,18 @@ def curves(table: pd.DataFrame, metric: str, across: str) -> bytes:
     """
     figure, axes = empty(across, metric)
     parts = table[table["metric"] == metric].groupby("method", sort=False)
-    colours = iter(colormaps["tab20"].colors * 2)  # type: ignore[attr-defined]
+    colours = cycle(colormaps["tab20"].colors)  # type: ignore[attr-defined]
     for (method, part), colour in zip(parts, colours, strict=False):
         axes.plot(part["step"], part["mean"], marker=".", color=colour, label=str(method))
         axes.fill_between(part["step"], part["low"], part["high"], color=colour, alpha=0.15)
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    legend(figure, axes)
     return png(figure)
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Names of the lines on the right; many make the figure higher."""
+    shown = axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.set_figheight(max(SIZE[1], 0.14 * len(shown.get_texts())))
 
 
 def empty(across: str, up: str) -> tuple[Figure, Axes]:

@@ -75,6 +75,19 @@ def test_the_best_row_of_each_method_is_drawn() -> None:
     assert control.get_color() == "0.6"
 
 
+def test_many_methods_have_their_names_in_the_picture() -> None:
+    one = best().iloc[:1].reset_index()
+    many = pd.concat([one.assign(method=f"Method {k}") for k in range(50)]).set_index(ROW)
+    figure = lines(many, set(), "iou", "percentile of the map", "IoU")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    names = axes.get_legend()
+    assert names is not None
+    assert len(names.get_texts()) == len(axes.lines) == 50
+    low, high = (corner[1] for corner in names.get_window_extent().get_points())
+    assert 0 <= low < high <= figure.bbox.height
+
+
 def test_precision_is_drawn_against_recall() -> None:
     (axes,) = lines(best(), set(), "precision", "recall", "precision").axes
     assert list(axes.lines[0].get_xdata()) == pytest.approx([1 / (k + 1) for k in range(5)])
