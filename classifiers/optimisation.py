@@ -30,7 +30,7 @@ class Optimisation:
             fits into so many images, so that few images do not mean few steps.
         abnormal_per_normal: Images of other classes than the first for each of the first, in an
             epoch of unchanged length, at least; 0 takes the images as they are. None is 0 for
-            classifiers, ``LearnedExplainer.abnormal_per_normal`` for explainers.
+            classifiers, the attribute ``abnormal_per_normal`` of their class for explainers.
 
     Raises:
         ValueError: If ``patience`` is below 1, or one of the last two below 0.

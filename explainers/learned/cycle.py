@@ -65,7 +65,6 @@ class Conditional(LearnedExplainer):
     """
 
     default = CycleWeights()
-    abnormal_per_normal = 1  # the discriminators need images of both classes
 
     def __init__(
         self,

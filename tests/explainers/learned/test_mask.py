@@ -44,6 +44,7 @@ def striped(count: int = 4, seed: int = 0) -> Tensor:
 def test_the_objective_by_hand() -> None:
     torch.manual_seed(0)
     explainer = MaskGenerator(spot(), weights=MaskWeights(2.0, 3.0, 4.0, 0.5), geometry=SMALL)
+    assert explainer.optimisation.abnormal_per_normal == 1
     image, weights = striped(3), explainer.weights
     decision = explainer.network.decide(image)
     mask = explainer.eval().mask(image, decision)
