@@ -212,9 +212,9 @@ class TrainingOrder(DistributedSampler[Item | list[Item]]):
     normal: Sequence[int] = ()
 
     def balance(self, labels: Sequence[int], ratio: int) -> None:
-        """Give ``ratio`` abnormal images (not of class 0) for each normal one, or as many as are.
+        """Give ``ratio`` abnormal images (not of class 0) for each normal one, if there are fewer.
 
-        Both kinds come in turn, however long that takes; an epoch stays as long.
+        Each kind comes in turn, over the epochs; an epoch stays as long.
         """
         self.abnormal = [k for k, label in enumerate(labels) if label]
         self.normal = [k for k, label in enumerate(labels) if not label]
