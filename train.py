@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +31,7 @@ from classifiers.nonfinite import NonFinite
 from datamodules.base import ImageDataModule
 from explainers.batches import out_of_memory, peak_memory
 from explainers.command import plainly
+from explainers.learned.base import LearnedExplainer
 from explainers.loggers import SteadyCSV, SteadyWandb
 from explainers.tracking import artifact_names, declare_inputs
 
@@ -38,9 +40,12 @@ class LoggedConfig(SaveConfigCallback):
     """Keeps the resolved config beside the logs and, as plain data, in every logger."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the config once, on the first process."""
+        """Write the config once, on the first process, with what the module's class decided."""
         if self.already_saved or not trainer.is_global_zero:
             return
+        given = self.config.model.get("init_args", {})
+        if "optimisation" in given and isinstance(pl_module, LearnedExplainer):
+            given["optimisation"] = asdict(pl_module.optimisation)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(

@@ -76,6 +76,8 @@ def test_explainer_of_the_classifier_by_the_second_command(
     assert explainer.network.threshold == network.threshold
     assert explainer.network.class_names == ["healthy", "opacity"]
     assert explainer.explain(image).shape == (2, 32, 32)
+    config = yaml.safe_load((phantom_single.parent / "config.yaml").read_text())
+    assert config["model"]["init_args"]["optimisation"]["abnormal_per_normal"] == 4  # its class's
     scores = metrics(phantom_single.parent).iloc[-1]
     assert scores["val/plain_raw/count"] == scores["val/views_smoothed/count"] == 7  # of 15
     assert 0 < scores["val/views_smoothed/average_precision"] < 1
