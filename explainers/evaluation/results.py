@@ -11,6 +11,7 @@ from explainers.evaluation.figures import plots
 from explainers.evaluation.statistics import read_scores, scores_csv
 from explainers.evaluation.tables import (
     classifier_table,
+    differences,
     generated_table,
     long_table,
     markdown,
@@ -35,7 +36,7 @@ class Results:
     costs: pd.DataFrame
 
     def write(self, out: Path, reference: str | None = None) -> dict[str, pd.DataFrame]:
-        """Write the three as CSV, table.csv (long form), table.md, table.tex and the plots (PNG).
+        """Write the three, their table and differences as CSV, table.md, table.tex and the plots.
 
         Args:
             out: Folder, made if it is not there.
@@ -47,9 +48,11 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
         long = long_table(self.scores, self.images)
         write_whole(out / "scores.csv", scores_csv(self.scores))
-        for name, table in {"images": self.images, "costs": self.costs, "table": long}.items():
+        paired = differences(self.scores, self.costs, reference)
+        files = {"images": self.images, "costs": self.costs, "table": long, "differences": paired}
+        for name, table in files.items():
             write_whole(out / f"{name}.csv", table.to_csv(index=False))
-        shown = {"Localisation": wide_table(long, self.scores, self.costs, reference)}
+        shown = {"Localisation": wide_table(long, paired, self.costs)}
         if (self.scores["metric"] == "kept").any():
             shown["Generated images"] = generated_table(long)
         shown["Classifier"] = classifier_table(long)

@@ -25,6 +25,8 @@ HEADS = {
     "average_precision_correct": "AP, correctly classified",
 }
 
+COMPARED = ["average_precision", "iou_chosen", "iou_95", "total_auc"]
+
 
 def long_table(scores: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
     """Mean, interval and n of every score; those of correctly classified images end in _correct.
@@ -84,20 +86,49 @@ def best_row(scores: pd.DataFrame, methods: Sequence[str]) -> Row | None:
     return Row(*(str(best[name]) for name in ROW))
 
 
-def wide_table(
-    table: pd.DataFrame, scores: pd.DataFrame, costs: pd.DataFrame, reference: str | None = None
+def differences(
+    scores: pd.DataFrame, costs: pd.DataFrame, reference: str | None = None
 ) -> pd.DataFrame:
+    """Paired differences of every row to the best row of the controls and that of a reference.
+
+    Args:
+        scores: Per image; see `statistics.checked_scores`.
+        costs: Columns method and control.
+        reference: Method whose best row the others are held against.
+
+    Returns:
+        Long form of each metric of `COMPARED`: against ("best control" or "reference"), row (the
+        one held against), method, views, smoothing, metric, mean, low, high, n.
+
+    Raises:
+        ValueError: If no such method was scored.
+    """
+    controls = costs.loc[costs["control"], "method"].unique().tolist()
+    held = {"best control": best_row(scores, controls)}
+    if reference is not None:
+        held["reference"] = best_row(scores, [reference])
+        if held["reference"] is None:
+            raise ValueError(
+                f"reference {reference!r} is none of {scores['method'].unique().tolist()}."
+            )
+    parts = [
+        compare_to(scores, metric, row).assign(against=against, row=", ".join(row))
+        for against, row in held.items()
+        for metric in COMPARED
+        if row is not None and (scores["metric"] == metric).any()
+    ]
+    columns = ["against", "row", *ROW, "metric", *Interval._fields]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def wide_table(table: pd.DataFrame, paired: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """One line per method, views and smoothing: means with 95 % intervals as text, and costs.
 
     Args:
         table: Of `long_table`.
-        scores: Per image, for the paired differences.
+        paired: Of `differences`; those in average precision are shown.
         costs: Columns method, views, control, sigma, percentile_raw, percentile_smoothed, seconds
             (per image), megabytes.
-        reference: Method whose best row the others are held against, as against the best control.
-
-    Raises:
-        ValueError: If no such method was scored.
     """
     localised = table[table["metric"].isin(list(HEADS))]
     cells = pd.Series([interval_text(line) for line in localised.itertuples()], localised.index)
@@ -105,21 +136,11 @@ def wide_table(
     wide = cells.unstack("metric", sort=False).reindex(columns=list(HEADS)).rename(columns=HEADS)
     counted = localised[localised["metric"] == "average_precision"]
     wide["images"] = counted.set_index(ROW)["n"]
-    held = {
-        "best control": best_row(scores, costs.loc[costs["control"], "method"].unique().tolist())
-    }
-    if reference is not None:
-        held["reference"] = best_row(scores, [reference])
-        if held["reference"] is None:
-            raise ValueError(
-                f"reference {reference!r} is none of {scores['method'].unique().tolist()}."
-            )
-    for name, row in held.items():
-        if row is not None:
-            paired = compare_to(scores, "average_precision", row)
-            text = pd.Series([interval_text(line, "+") for line in paired.itertuples()], dtype=str)
-            text.index = pd.MultiIndex.from_frame(paired[ROW])
-            wide[f"AP minus {name} ({', '.join(row)})"] = text
+    shown = paired[paired["metric"] == "average_precision"]
+    for (against, row), part in shown.groupby(["against", "row"], sort=False):
+        text = pd.Series([interval_text(line, "+") for line in part.itertuples()], dtype=str)
+        text.index = pd.MultiIndex.from_frame(part[ROW])
+        wide[f"AP minus {against} ({row})"] = text
     numbers = ["sigma", "percentile_raw", "percentile_smoothed", "seconds", "megabytes"]
     known = costs.reindex(columns=["method", "views", *numbers])  # older ones have no percentiles
     cost = known.groupby(["method", "views"]).mean()

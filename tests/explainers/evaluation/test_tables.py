@@ -17,6 +17,7 @@ from explainers.evaluation.statistics import Row
 from explainers.evaluation.tables import (
     best_row,
     decision_rows,
+    differences,
     generated_table,
     long_table,
     markdown,
@@ -192,7 +193,8 @@ def test_wide_table_holds_difference_to_the_best_row() -> None:
     table = images()
     values = scores(table)
     assert best_row(values, ["Random map", "Centred Gaussian"]) == Row("Centred Gaussian")
-    wide = wide_table(long_table(values, table), values, costs()).set_index("method")
+    long, paired = long_table(values, table), differences(values, costs())
+    wide = wide_table(long, paired, costs()).set_index("method")
     column = "AP minus best control (Centred Gaussian, plain, raw)"
     assert wide.loc["Good", column] == "+0.500 [+0.500, +0.500]"
     assert wide.loc["Centred Gaussian", column] == ""
@@ -202,9 +204,23 @@ def test_wide_table_holds_difference_to_the_best_row() -> None:
     assert wide.loc["Good", "sigma"] == "0"  # the raw row is not smoothed
     assert wide.loc["Good", "percentile"] == ""  # of a folder from before there was one
     chosen = costs().assign(percentile_raw=98.0, percentile_smoothed=90.0)
-    assert (
-        wide_table(long_table(values, table), values, chosen)["percentile"].tolist() == ["98"] * 3
-    )
+    assert wide_table(long, paired, chosen)["percentile"].tolist() == ["98"] * 3
+
+
+def test_differences_are_to_the_best_control_and_to_the_reference() -> None:
+    values = scores(images())
+    iou = values.assign(metric="iou_chosen", value=values["value"] / 2)
+    paired = differences(pd.concat([values, iou]), costs(), "Good")
+    found = paired.set_index(["against", "row", "method", "metric"])["mean"].to_dict()
+    control, good = "Centred Gaussian, plain, raw", "Good, plain, raw"
+    metrics = ("average_precision", "iou_chosen")
+    for metric, expected in zip(metrics, (0.5, 0.25), strict=True):
+        assert found["best control", control, "Good", metric] == pytest.approx(expected)
+    assert {key[:2] for key in found} == {("best control", control), ("reference", good)}
+    assert {key[3] for key in found} == set(metrics)  # the others were not scored
+    assert len(found) == 2 * 2 * 2
+    with pytest.raises(ValueError, match="reference 'Grad-CAM' is none of"):
+        differences(values, costs(), "Grad-CAM")
 
 
 def test_without_controls_there_is_no_best_one() -> None:
