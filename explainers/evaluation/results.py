@@ -48,10 +48,10 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
         long = long_table(self.scores, self.images)
         write_whole(out / "scores.csv", scores_csv(self.scores))
-        paired = differences(self.scores, self.costs, reference)
-        files = {"images": self.images, "costs": self.costs, "table": long, "differences": paired}
-        for name, table in files.items():
+        for name, table in {"images": self.images, "costs": self.costs, "table": long}.items():
             write_whole(out / f"{name}.csv", table.to_csv(index=False))
+        paired = differences(self.scores, self.costs, reference)
+        write_whole(out / "differences.csv", paired.to_csv(index=False))
         shown = {"Localisation": wide_table(long, paired, self.costs)}
         if (self.scores["metric"] == "kept").any():
             shown["Generated images"] = generated_table(long)

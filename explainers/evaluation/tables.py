@@ -91,6 +91,8 @@ def differences(
 ) -> pd.DataFrame:
     """Paired differences of every row to the best row of the controls and that of a reference.
 
+    The best is that of the highest mean average precision.
+
     Args:
         scores: Per image; see `statistics.checked_scores`.
         costs: Columns method and control.
