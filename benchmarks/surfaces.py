@@ -101,7 +101,12 @@ def write(folder: Path, counts: dict[str, int], share: float, seed: int) -> None
         counts: Images of each split.
         share: Of faulty images, 0 .. 1; half of the test images are.
         seed: Of all images.
+
+    Raises:
+        ValueError: If the share is outside 0 .. 1.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"faulty must be a share in 0 .. 1, but got {share}.")
     rng, rows = RandomState(seed), []
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)

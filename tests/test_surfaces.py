@@ -46,3 +46,9 @@ def test_faults_are_small_and_a_seed_repeats_them() -> None:
         assert 0 <= image.min() < image.max() <= 1
         assert 0.001 < mask.mean() < 0.2
     assert not surfaces.draw(RandomState(0), faulty=False)[1].any()
+
+
+def test_a_share_over_all_images_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"faulty must be a share in 0 .. 1, but got 40"):
+        surfaces.write(tmp_path / "new", {"train": 2}, share=40, seed=0)
+    assert not (tmp_path / "new").exists()

@@ -25,7 +25,7 @@ HEADS = {
     "average_precision_correct": "AP, correctly classified",
 }
 
-COMPARED = ["average_precision", "iou_chosen", "iou_95", "total_auc"]
+COMPARED = ["average_precision", "iou_chosen", "iou_95", "total_auc"]  # by `differences`
 
 
 def long_table(scores: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
